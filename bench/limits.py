@@ -1,0 +1,251 @@
+"""What this machine can do at most: the measures that every result is divided by.
+
+Two limits, both in Numba and independent of the package, so that a mistake in the
+package's view of the machine cannot lower the bar it is held to:
+
+- `multiply_adds`: on every core a loop of independent multiply-add chains that live in
+  registers, more of them than latency x units, without a load or a store.
+- `reading`: one pass over an array four times the size of the last-level cache, every core
+  on its own part of it.
+
+Run it with `python -m bench.limits`.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .machine import THREADS, cpus
+
+# Long enough for the cost of waking the threads not to count.
+MIN_SECONDS = 5e-3
+
+# Where the operating system does not say how large its last-level cache is: more than most are.
+FALLBACK_CACHE_BYTES = 64 << 20
+
+_i32 = ir.IntType(32)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Work that only one unit of the machine limits: call `run`, divide `amount` by the time."""
+
+    run: Callable[[], object]
+    amount: float
+
+
+def vector_bytes() -> int:
+    """Return the width of the host's vector registers."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64
+    return 32 if features.get("avx") else 16
+
+
+def chains() -> int:
+    """Return how many independent chains keep the multiply-add units busy.
+
+    12 fit the 16 registers of AVX2 and SSE beside their constant operand, and exceed the
+    largest latency x units of x86 (5 x 2, Haswell). AVX-512 and NEON have 32 registers, and
+    some NEON cores four units with a latency of four.
+    """
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return 12 if is_x86 and vector_bytes() < 64 else 24
+
+
+# ---------------------------------------------------------------------------
+# Multiply-adds
+# ---------------------------------------------------------------------------
+
+
+@intrinsic
+def _run_chains(typingctx: Any, start: Any, factor: Any, steps: Any) -> Any:
+    """Run ``x = fma(x, factor, factor)`` on every chain ``steps`` times; return their sum."""
+    bits = start.bitwidth
+    lanes = vector_bytes() * 8 // bits
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        scalar = args[0].type
+        vector = ir.VectorType(scalar, lanes)
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f{bits}"
+        )
+
+        def splat(value: ir.Value) -> ir.Value:
+            undefined = ir.Constant(vector, ir.Undefined)
+            first = builder.insert_element(undefined, value, _i32(0))
+            order = ir.Constant(ir.VectorType(_i32, lanes), [0] * lanes)
+            return builder.shuffle_vector(first, undefined, order)
+
+        factors = splat(args[1])
+        # Chains that began equal would stay equal, and LLVM would keep only one of them.
+        starts = [
+            splat(builder.fadd(args[0], ir.Constant(scalar, float(n)))) for n in range(chains())
+        ]
+        before = builder.block
+        loop = builder.append_basic_block("chains")
+        after = builder.append_basic_block("done")
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        left = builder.phi(args[2].type)
+        left.add_incoming(args[2], before)
+        values = [builder.phi(vector) for _ in starts]
+        results = [builder.call(fma, [value, factors, factors]) for value in values]
+        for value, first, result in zip(values, starts, results, strict=True):
+            value.add_incoming(first, before)
+            value.add_incoming(result, loop)
+        fewer = builder.sub(left, ir.Constant(left.type, 1))
+        left.add_incoming(fewer, loop)
+        builder.cbranch(builder.icmp_signed(">", fewer, ir.Constant(left.type, 0)), loop, after)
+
+        builder.position_at_end(after)
+        total = results[0]
+        for result in results[1:]:
+            total = builder.fadd(total, result)
+        lane_sum = builder.extract_element(total, _i32(0))
+        for lane in range(1, lanes):
+            lane_sum = builder.fadd(lane_sum, builder.extract_element(total, _i32(lane)))
+        return lane_sum
+
+    return start(start, start, types.intp), codegen
+
+
+@njit(parallel=True)
+def _multiply_adds(factor: Any, steps: Any, results: Any) -> None:
+    for thread in prange(results.size):
+        # Tends to factor / (1 - factor): neither overflow nor denormals on the way.
+        results[thread] = _run_chains(factor, factor, steps)
+
+
+@cache
+def multiply_adds(dtype: str) -> Limit:
+    """Return work that only the multiply-add units limit; its amount is in flops."""
+    results = np.zeros(THREADS, dtype)
+    factor = results.dtype.type(0.5)
+    _multiply_adds(factor, 1, results)
+    lanes = vector_bytes() // results.itemsize
+
+    def limit(steps: int) -> Limit:
+        return Limit(
+            run=lambda: _multiply_adds(factor, steps, results),
+            amount=2.0 * lanes * chains() * steps * THREADS,
+        )
+
+    steps = 1000
+    while min(_timed(limit(steps).run) for _ in range(3)) < MIN_SECONDS:
+        steps *= 2
+    return limit(steps)
+
+
+def multiply_add_loop(dtype: str) -> list[str]:
+    """Return the instructions of the measuring loop, to see that nothing else is in it."""
+    _multiply_adds(np.dtype(dtype).type(0.5), 1, np.zeros(THREADS, dtype))
+    assembly = next(
+        code for (first, *_), code in _multiply_adds.inspect_asm().items() if str(first) == dtype
+    )
+    # Labels begin the blocks; the loop is the one with the multiply-adds, up to its jump back.
+    blocks = re.split(r"^(?=[.\w]+:)", assembly, flags=re.MULTILINE)
+    block = max(blocks, key=lambda lines: len(re.findall(r"\b(vfmadd|fmla)", lines)))
+    label, *lines = (line.strip() for line in block.splitlines() if line.strip())
+    end = next(n for n, line in enumerate(lines) if line.endswith(label.removesuffix(":")))
+    return lines[: end + 1]
+
+
+# ---------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------
+
+
+@njit(parallel=True)
+def _reading(array: Any, results: Any) -> None:
+    size = array.size // (4 * results.size)
+    for thread in prange(results.size):
+        # Four streams: the hardware's prefetchers follow each one, and are further ahead in all
+        # (a sixth to a third faster than one stream on Zen 3).
+        part = array[4 * thread * size : 4 * (thread + 1) * size].reshape(4, size)
+        a, b, c, d = part[0], part[1], part[2], part[3]
+        seen = 0
+        for i in range(size):
+            seen |= a[i] | b[i] | c[i] | d[i]
+        results[thread] = seen
+
+
+def last_level_cache_bytes() -> int:
+    """Return the size of the last-level caches that the cores in use can fill, summed."""
+    caches = {}
+    for cpu in cpus():
+        folders = Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*")
+        levels = {int((folder / "level").read_text()): folder for folder in folders}
+        if levels:
+            last = levels[max(levels)]
+            size = (last / "size").read_text().strip()
+            caches[(last / "shared_cpu_list").read_text()] = int(size.removesuffix("K")) << 10
+    return sum(caches.values()) or FALLBACK_CACHE_BYTES
+
+
+def reading() -> Limit:
+    """Return work that only the memory limits; its amount is in bytes."""
+    array = np.ones(4 * last_level_cache_bytes() // 8, np.int64)
+    results = np.zeros(THREADS, np.int64)
+    _reading(array, results)
+    return Limit(run=lambda: _reading(array, results), amount=float(array.nbytes))
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class Measured(NamedTuple):
+    """A limit as this machine has it now, with the quartiles of what was measured."""
+
+    name: str
+    rate: float
+    unit: str
+    lower: float
+    upper: float
+
+
+def measure_limits() -> list[Measured]:
+    """Measure every limit, in turns, and take the median."""
+    limits = (
+        ("fma_peak float32", multiply_adds("float32"), "GFLOP/s"),
+        ("fma_peak float64", multiply_adds("float64"), "GFLOP/s"),
+        ("read_bandwidth", reading(), "GB/s"),
+    )
+    rounds = [[limit.amount / _timed(limit.run) / 1e9 for _, limit, _ in limits] for _ in range(15)]
+    measured = []
+    for (name, _, unit), rates in zip(limits, zip(*rounds, strict=True), strict=True):
+        lower, median, upper = statistics.quantiles(rates, n=4)
+        measured.append(Measured(name, median, unit, lower, upper))
+    return measured
+
+
+def main() -> None:
+    """Print the limits."""
+    for each in measure_limits():
+        print(
+            f"{each.name:18}{each.rate:8.1f} {each.unit:8}"
+            f" (quartiles {each.lower:.1f} and {each.upper:.1f}; {THREADS} threads)"
+        )
+
+
+if __name__ == "__main__":
+    main()

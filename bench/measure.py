@@ -1,0 +1,309 @@
+"""How a case is measured: checked first, then timed in turns.
+
+All providers are in one process, and their samples take turns, round by round and in an order
+that is shuffled for each round: what the machine does besides (other tenants, frequency,
+temperature) meets everybody alike. The peak of the machine is measured in the same rounds, and
+so is fastattn on the plain case that a variant is compared with.
+
+Every comparison is made within a round, and the median of the rounds is reported. Nobody is
+timed whose result is wrong.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+
+from fastattn import reference
+
+from .cases import Case, Inputs, make_inputs
+from .limits import multiply_adds
+from .providers import FASTATTN, NAIVE, PEERS, Prepared
+
+# A sample is as many calls as fill this time: less would measure the clock and the scheduler.
+SAMPLE_SECONDS = 0.02
+
+# Workers of some libraries spin for some milliseconds after a call, waiting for the next one,
+# on a core that somebody else wants by then.
+SETTLE_SECONDS = 0.01
+
+# As many rounds as fit the time, within these bounds.
+MIN_ROUNDS = 7
+MAX_ROUNDS = 15
+CASE_SECONDS = 6.0
+
+# The distance from 1 to the next larger number.
+EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+PLAIN = "plain case"
+PEAK = "fma_peak"
+
+
+class WrongResultError(AssertionError):
+    """The result of fastattn or of the textbook is wrong, so there is nothing to measure."""
+
+
+# ---------------------------------------------------------------------------
+# Checking
+# ---------------------------------------------------------------------------
+
+
+def reference_output(inputs: Inputs) -> np.ndarray:
+    """Return the output in float64, head by head: the reference holds all scores in memory."""
+
+    def four_dimensions(array: np.ndarray) -> np.ndarray:
+        return array.reshape(*[1] * (4 - array.ndim), *array.shape)
+
+    query, key, value = (
+        four_dimensions(each).astype(np.float64)
+        for each in (inputs.query, inputs.key, inputs.value)
+    )
+    batch, num_heads, seqlen_q, _ = query.shape
+    group_size = num_heads // key.shape[1]
+    scores = (batch, num_heads, seqlen_q, key.shape[-2])
+    mask, bias = (
+        None if each is None else np.broadcast_to(four_dimensions(each), scores)
+        for each in (inputs.mask, inputs.bias)
+    )
+    out = np.empty((batch, num_heads, seqlen_q, value.shape[-1]))
+    for b, h in np.ndindex(batch, num_heads):
+        out[b, h] = reference.attention(
+            query[b, h],
+            key[b, h // group_size],
+            value[b, h // group_size],
+            mask=None if mask is None else mask[b, h],
+            bias=None if bias is None else bias[b, h],
+            causal=inputs.case.causal,
+        )
+    return out.reshape(*inputs.query.shape[:-1], value.shape[-1])
+
+
+def largest_error(result: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest distance from the reference; infinite where anything is not finite."""
+    exact = result.astype(np.float64)
+    if exact.shape != expected.shape or not np.isfinite(exact).all():
+        return math.inf
+    return float(np.abs(exact - expected).max())
+
+
+def _naive_error(case: Case, expected: np.ndarray) -> float:
+    if case.dtype != "float64":
+        return largest_error(NAIVE.prepare(make_inputs(case)).result(), expected)
+    # The reference is float64 itself and cannot tell. The same numbers in float32 can: errors
+    # grow with the distance between two neighbouring numbers, and with nothing else.
+    single = replace(case, dtype="float32")
+    return _naive_error(single, expected) * EPSILON["float64"] / EPSILON["float32"]
+
+
+def tolerance(case: Case, naive_error: float, expected: np.ndarray, times: float = 4) -> float:
+    """Return how wrong a result may be: some times the textbook's error, and one rounding.
+
+    Four times is wide enough for probabilities that are rounded to the storage type on the
+    way, as some do, and narrow enough to find float32 inside where float64 was asked for.
+    """
+    return times * naive_error + EPSILON[case.dtype] / 2 * float(np.abs(expected).max())
+
+
+# ---------------------------------------------------------------------------
+# Timing
+# ---------------------------------------------------------------------------
+
+
+@dataclass
+class Contender:
+    """Something whose time is taken, and the seconds that one call took in each round."""
+
+    name: str
+    prepared: Prepared
+    calls: int = 1
+    seconds: list[float] = field(default_factory=list)
+
+    def calibrate(self) -> None:
+        """Find out how many calls fill a sample."""
+        self.calls = 1
+        while (elapsed := self._elapsed()) < SAMPLE_SECONDS:
+            self.calls = math.ceil(self.calls * min(10.0, 1.2 * SAMPLE_SECONDS / elapsed))
+
+    def sample(self) -> float:
+        """Take a sample and return the seconds of one call."""
+        time.sleep(SETTLE_SECONDS)
+        if self.calls > 1:
+            # Wakes this library's workers and brings its code and data back into the caches.
+            self.prepared.run()
+        self.seconds.append(self._elapsed() / self.calls)
+        return self.seconds[-1]
+
+    @property
+    def median(self) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles as a share of the median."""
+        lower, _, upper = statistics.quantiles(self.seconds, n=4)
+        return (upper - lower) / self.median
+
+    def _elapsed(self) -> float:
+        run = self.prepared.run
+        start = time.perf_counter()
+        for _ in repeat(None, self.calls):
+            run()
+        return time.perf_counter() - start
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class Measurement:
+    """One case: who can do it, how wrong they are, and how long they take."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.inputs = make_inputs(case)
+        self.errors: dict[str, float] = {}
+        self.left_out: dict[str, str] = {}
+        self.contenders: dict[str, Contender] = {}
+        self._random = random.Random(case.name)
+
+        self._enter_providers()
+        if case.plain is not None:
+            plain = FASTATTN.prepare(make_inputs(case.plain))
+            plain.run()
+            self._enter(PLAIN, plain)
+        if not case.is_small:
+            self.peak = multiply_adds("float64" if case.dtype == "float64" else "float32")
+            self.contenders[PEAK] = Contender(PEAK, Prepared(self.peak.run))
+        seconds_per_round = 0.0
+        for contender in self.contenders.values():
+            contender.calibrate()
+            contender.sample()
+            seconds_per_round += contender.seconds.pop() * contender.calls + SETTLE_SECONDS
+        self.rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(CASE_SECONDS / seconds_per_round)))
+
+    def take_round(self) -> float:
+        """Take one sample of everybody, in random order; return fastattn's seconds for a call."""
+        contenders = list(self.contenders.values())
+        self._random.shuffle(contenders)
+        with _without_garbage_collection():
+            for contender in contenders:
+                contender.sample()
+        return self.contenders[FASTATTN.name].seconds[-1]
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything that a table, a figure or a later run may want to know."""
+        case, flops = self.case, self.inputs.flops
+        own = self.contenders[FASTATTN.name]
+        rivals = [
+            each for name, each in self.contenders.items() if name not in (own.name, PLAIN, PEAK)
+        ]
+        best = min(rivals, key=lambda each: each.median)
+        speed_over = {each.name: _ratio(each.seconds, own.seconds) for each in rivals}
+        peak_share = {}
+        if PEAK in self.contenders:
+            peak_share = {
+                each.name: _ratio(self.contenders[PEAK].seconds, each.seconds)
+                * (flops / self.peak.amount)
+                for each in (own, *rivals)
+            }
+        time_of_plain = None
+        if PLAIN in self.contenders:
+            time_of_plain = _ratio(own.seconds, self.contenders[PLAIN].seconds)
+        return {
+            "target": case.target,
+            "case": case.name,
+            "dtype": case.dtype,
+            "is_small": case.is_small,
+            "flops": flops,
+            "rounds": len(own.seconds),
+            "seconds": {name: each.median for name, each in self.contenders.items()},
+            "spread": {name: each.spread for name, each in self.contenders.items()},
+            "samples": {name: each.seconds for name, each in self.contenders.items()},
+            "fma_peak": self.peak.amount / self.contenders[PEAK].median if peak_share else None,
+            "peak_share": peak_share,
+            "speed_over": speed_over,
+            "best_peer": best.name,
+            "time_of_plain": time_of_plain,
+            "errors": self.errors,
+            "left_out": self.left_out,
+            "goals": self._goals(speed_over, speed_over[best.name], peak_share, time_of_plain),
+        }
+
+    def _enter_providers(self) -> None:
+        expected = reference_output(self.inputs)
+        allowed = tolerance(self.case, _naive_error(self.case, expected), expected)
+        for provider in (NAIVE, FASTATTN, *PEERS):
+            if provider in PEERS and provider.version is None:
+                self.left_out[provider.name] = "not installed"
+                continue
+            try:
+                prepared = provider.prepare(self.inputs)
+                error = largest_error(prepared.result(), expected)
+            except Exception as reason:
+                # Whatever a peer raises for what it cannot do, it is the peer's answer.
+                if provider not in PEERS:
+                    raise
+                self.left_out[provider.name] = str(reason).strip().partition("\n")[0]
+                continue
+            self.errors[provider.name] = error
+            if error <= allowed:
+                self._enter(provider.name, prepared)
+            elif provider not in PEERS:
+                raise WrongResultError(
+                    f"{provider.name}, {self.case.name}: wrong by {error:.2e}, not {allowed:.2e}"
+                )
+            else:
+                self.left_out[provider.name] = "further from float64 than rounding explains"
+
+    def _enter(self, name: str, prepared: Prepared) -> None:
+        self.contenders[name] = Contender(name, prepared)
+
+    def _goals(
+        self,
+        speed_over: dict[str, float],
+        over_best: float,
+        peak_share: dict[str, float],
+        time_of_plain: float | None,
+    ) -> list[dict[str, Any]]:
+        goal = self.case.goal
+        torch = speed_over.get("PyTorch")
+        # Nowhere slower than the textbook and PyTorch, whatever else a case is for.
+        rows = [
+            ("over NumPy", 1.0, speed_over[NAIVE.name], True),
+            ("over PyTorch", goal.torch or 1.0, torch, True),
+            ("over the best peer", goal.peer, over_best, True),
+            ("of fma_peak", goal.peak, peak_share.get(FASTATTN.name), True),
+            ("time of the plain case", goal.plain, time_of_plain, False),
+        ]
+        return [
+            {
+                "what": what,
+                "goal": bound,
+                "reached": reached,
+                "met": reached >= bound if at_least else reached <= bound,
+            }
+            for what, bound, reached, at_least in rows
+            if bound is not None and reached is not None
+        ]
+
+
+def _ratio(over: list[float], under: list[float]) -> float:
+    """Return the median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))

@@ -1,0 +1,159 @@
+"""The results as text: tables for the terminal, and one in Markdown for the README.
+
+`python -m bench.report` prints the tables of the latest run, and those of another one if its
+file is named.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .providers import FASTATTN, NAIVE, PEERS
+
+RIVALS = (NAIVE.name, *(peer.name for peer in PEERS))
+LATEST = Path(__file__).parent / "results" / "latest.json"
+
+Row = dict[str, Any]
+
+
+def load(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Return the results of a saved run, and what it says about the machine."""
+    saved = json.loads(path.read_text())
+    return [each["extra_info"] for each in saved["benchmarks"]], saved["machine_info"]
+
+
+def timed(rows: Iterable[Row]) -> list[Row]:
+    """Return those of the results that compare speeds."""
+    return [row for row in rows if "speed_over" in row]
+
+
+def duration(seconds: float) -> str:
+    """Write a time with about three digits and its unit."""
+    size, unit = (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "µs")
+    value = seconds / size
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+# ---------------------------------------------------------------------------
+# Terminal
+# ---------------------------------------------------------------------------
+
+
+def text(rows: Sequence[Row]) -> str:
+    """Return all results, goals that were missed included."""
+    speeds = timed(rows)
+    blocks = [
+        _speed_table(speeds) if speeds else [],
+        _goals_missed(speeds),
+        _left_out(speeds),
+        _figures(rows),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _speed_table(rows: Iterable[Row]) -> list[str]:
+    head = ["", "case", "time", "+-", "GFLOP/s", "of peak", *RIVALS, "of plain"]
+    lines = []
+    for row in rows:
+        own = row["seconds"][FASTATTN.name]
+        star = dict.fromkeys([row["best_peer"]], "*")
+        lines.append(
+            [
+                row["target"],
+                row["case"],
+                duration(own),
+                _percent(row["spread"][FASTATTN.name]),
+                "" if row["is_small"] else f"{row['flops'] / own / 1e9:.0f}",
+                _percent(row["peak_share"].get(FASTATTN.name)),
+                *(_ratio(row["speed_over"].get(each)) + star.get(each, " ") for each in RIVALS),
+                _ratio(row["time_of_plain"]),
+            ]
+        )
+    # Words to the left, numbers to the right.
+    return [
+        *_aligned([head, *lines], f"<<{'>' * (len(head) - 2)}"),
+        "Under a name: fastattn's speed as a multiple of theirs, * the fastest of them.",
+    ]
+
+
+def _goals_missed(rows: Iterable[Row]) -> list[str]:
+    missed = [
+        [row["target"], row["case"], f"{goal['reached']:.2f} not {goal['goal']:.2f}", goal["what"]]
+        for row in rows
+        for goal in row["goals"]
+        if not goal["met"]
+    ]
+    return ["Goals missed", *_aligned(missed, "<<><")] if missed else []
+
+
+def _aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _left_out(rows: Iterable[Row]) -> list[str]:
+    cases: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row["left_out"].items():
+            cases.setdefault((name, reason), []).append(row["case"])
+    lines = [(name, reason, ", ".join(where)) for (name, reason), where in cases.items()]
+    return ["Not timed", *_aligned(lines, "<<<")] if lines else []
+
+
+def _figures(rows: Iterable[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        for name, value, unit, goal in row.get("figures", ()):
+            line = [row["target"], name, f"{value:.2f}", unit, "", ""]
+            if goal is not None:
+                line[4:] = [f"goal {goal:g}", "" if value <= goal else "missed"]
+            lines.append(line)
+    return _aligned(lines, "<<><<<") if lines else []
+
+
+# ---------------------------------------------------------------------------
+# README
+# ---------------------------------------------------------------------------
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """Return the README's table: times, the share of the peak, and the speed over everybody."""
+    head = ["", "time", "of peak", *(f"over {each}" for each in RIVALS)]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines += [
+        [
+            row["case"],
+            duration(row["seconds"][FASTATTN.name]),
+            _percent(row["peak_share"].get(FASTATTN.name)) or "-",
+            *(_ratio(row["speed_over"].get(each)) or "-" for each in RIVALS),
+        ]
+        for row in timed(rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Print the tables of a saved run."""
+    rows, _ = load(Path(sys.argv[1]) if len(sys.argv) > 1 else LATEST)
+    print(text(rows))
+
+
+if __name__ == "__main__":
+    main()

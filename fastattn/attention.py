@@ -1,0 +1,487 @@
+"""The public functions: signature, meaning, then check -> plan -> run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn import reference, runtime
+from fastattn.plan import plan
+from fastattn.problem import (
+    STAGES,
+    UNBOUNDED,
+    Problem,
+    as_array,
+    check,
+    check_states,
+    check_weights,
+)
+
+Array = NDArray[Any]
+Causal = bool | Literal["bottom_right", "top_left"]
+Layout = Literal["bhld", "blhd"]
+Stage = Literal["scores", "softcapped", "biased", "probabilities"]
+
+_LOG2_E = math.log2(math.e)
+
+
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    mask: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    causal: Causal = ...,
+    query_offset: ArrayLike | None = ...,
+    kv_lengths: ArrayLike | None = ...,
+    scale: float | None = ...,
+    layout: Layout = ...,
+    return_lse: Literal[False] = ...,
+    out: Array | None = ...,
+) -> Array: ...
+
+
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    mask: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    causal: Causal = ...,
+    query_offset: ArrayLike | None = ...,
+    kv_lengths: ArrayLike | None = ...,
+    scale: float | None = ...,
+    layout: Layout = ...,
+    return_lse: Literal[True],
+    out: Array | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    causal: Causal = False,
+    query_offset: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    scale: float | None = None,
+    layout: Layout = "bhld",
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Return softmax(scale * query @ key.T + bias) @ value over the visible keys, fused.
+
+    Parameters
+    ----------
+    query : array_like, (..., num_heads, seqlen_q, head_dim)
+        float16, float32, float64, ``ml_dtypes.bfloat16``, or integers. Two dimensions are one head;
+        from three the head axis is third from the right. Any strides.
+    key : array_like, (..., num_kv_heads, seqlen_kv, head_dim)
+        num_kv_heads must divide num_heads: query head h reads kv head ``h // group_size`` with
+        ``group_size = num_heads // num_kv_heads``. Keys are never repeated in memory.
+    value : array_like, (..., num_kv_heads, seqlen_kv, head_dim_v)
+        head_dim_v may differ from head_dim.
+    mask : array_like of bool, optional
+        Broadcastable to (..., num_heads, seqlen_q, seqlen_kv); True = attend.
+    bias : array_like, optional
+        Broadcastable likewise; added to the scaled score, -inf hides the key. Never widens the
+        result.
+    causal : bool, "bottom_right" or "top_left"
+        Query i sees the keys up to ``i + offset``, with an offset of ``seqlen_kv - seqlen_q`` for
+        "bottom_right", which True means, and 0 for "top_left". For two queries and five keys::
+
+            "bottom_right"    "top_left"
+            1 1 1 1 0         1 0 0 0 0
+            1 1 1 1 1         1 1 0 0 0
+
+        FlashAttention from 2.1 and MLX align as "bottom_right", torch as "top_left".
+    query_offset : int or integers of shape (...), optional
+        The position of query 0 among the keys, in place of the offset that `causal` names.
+    kv_lengths : int or integers of shape (...), optional
+        Keys at ``j >= kv_lengths[b]`` do not exist; "bottom_right" counts from this length.
+    scale : float, optional
+        Any finite number; None is ``1 / sqrt(head_dim)``.
+    layout : "bhld" or "blhd"
+        "blhd": query, key, value and out are (..., length, heads, features), as in flash-attn, JAX
+        and Keras. mask, bias and lse keep their shape.
+    return_lse : bool
+        Also return the logarithm of the softmax's denominator.
+    out : ndarray, optional
+        Written and returned: the result's shape and dtype, any strides, no element shared with an
+        input.
+
+    Returns
+    -------
+    output : ndarray, (..., num_heads, seqlen_q, head_dim_v)
+        In ``np.result_type`` of query, key and value; float64 where that is an integer or bool.
+    lse : ndarray, (..., num_heads, seqlen_q), only with `return_lse`
+        float32, float64 for float64: ``log(sum(exp(score)))`` over the visible keys.
+
+    Raises
+    ------
+    TypeError
+        For a dtype without meaning here (complex, object, longdouble, float16 with bfloat16), a
+        mask that is not bool, a bool bias, `causal` that is neither bool nor a word, an `out` of
+        another dtype.
+    ValueError
+        For shapes or head counts that do not fit, lengths beyond the keys, a scale that is NaN or
+        infinite, an unknown word, an `out` that overlaps an input. Everything is checked before
+        anything is written.
+
+    Notes
+    -----
+    *Grouped queries.* With 8 query heads and 2 kv heads, query heads 0 to 3 read kv head 0 and 4 to
+    7 read kv head 1.
+
+    *Rows that see nothing* have output 0 and lse -inf. What a hidden key, value or bias holds never
+    reaches an output, be it NaN; NaN at a visible key does.
+
+    *Precision.* Sums are float32 for 16- and 32-bit inputs, float64 for float64.
+
+    *Memory* is that of a few tiles for each thread: the scores are never stored. Integers, mixed
+    dtypes and foreign byte order are converted first, which copies that array.
+
+    *Threads and bits.* `set_num_threads` limits the threads; results are equal, bit by bit, for any
+    number of them and whatever else is in the batch.
+
+    *First call.* Numba compiles at the first call of a dtype, for some seconds, and keeps the code
+    on disk: see `warmup`.
+
+    References
+    ----------
+    .. [1] Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, arXiv:1706.03762
+    .. [2] Dao 2023, "FlashAttention-2", section 3.1, arXiv:2307.08691
+    .. [3] Ainslie et al. 2023, "GQA", section 2.2, arXiv:2305.13245
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query = rng.standard_normal((1, 8, 5, 16), dtype=np.float32)
+    >>> key, value = rng.standard_normal((2, 1, 2, 7, 16), dtype=np.float32)
+    >>> output, lse = fastattn.attention(query, key, value, causal=True, return_lse=True)
+    >>> output.shape, lse.shape
+    ((1, 8, 5, 16), (1, 8, 5))
+    >>> expected = fastattn.reference.attention(query, key, value, causal=True)
+    >>> bool(np.allclose(output, expected, atol=1e-6))
+    True
+    """
+    problem = check(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        query_offset=query_offset,
+        kv_lengths=kv_lengths,
+        scale=scale,
+        layout=layout,
+        return_lse=return_lse,
+        out=out,
+    )
+    _run(problem)
+    if problem.result_lse is not None:
+        return problem.result, problem.result_lse
+    return problem.result
+
+
+def scaled_dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Array:
+    """Return what torch.nn.functional.scaled_dot_product_attention returns, for NumPy arrays.
+
+    Parameters
+    ----------
+    query : array_like, (..., num_heads, seqlen_q, head_dim)
+    key : array_like, (..., num_kv_heads, seqlen_kv, head_dim)
+    value : array_like, (..., num_kv_heads, seqlen_kv, head_dim_v)
+        Axes before the last two broadcast, a head axis of 1 among them.
+    attn_mask : array_like, optional
+        Broadcastable to (..., num_heads, seqlen_q, seqlen_kv): bool (True = attend) or float (added
+        to the score). Composes with `is_causal`.
+    dropout_p : float
+        Must be 0: this library is for inference.
+    is_causal : bool
+        Aligned "top_left", as in torch: query i sees the keys up to i.
+    scale : float, optional
+        None is ``1 / sqrt(head_dim)``.
+    enable_gqa : bool
+        Allow fewer kv heads than query heads.
+
+    Returns
+    -------
+    ndarray, (..., num_heads, seqlen_q, head_dim_v)
+        Rows that see no key are 0.
+
+    Raises
+    ------
+    TypeError
+        If `attn_mask` is neither bool nor float; otherwise as `attention`.
+    ValueError
+        If `dropout_p` is not 0, or head counts differ without `enable_gqa`; otherwise as
+        `attention`.
+
+    See Also
+    --------
+    attention : the same with keywords of its own, lse, lengths and layouts.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import scaled_dot_product_attention
+    >>> x = np.eye(3, dtype=np.float32)[None]
+    >>> scaled_dot_product_attention(x, x, x, is_causal=True).round(2)
+    array([[[1.  , 0.  , 0.  ],
+            [0.36, 0.64, 0.  ],
+            [0.26, 0.26, 0.47]]], dtype=float32)
+    """
+    if dropout_p != 0.0:
+        raise ValueError(f"dropout_p must be 0, this library is for inference: got {dropout_p}")
+    q, k, v = (
+        as_array(name, x)
+        for name, x in (("query", query), ("key", key), ("value", value))
+    )
+    if not enable_gqa:
+        q, k, v = _broadcast_heads(q, k, v)
+    mask = bias = None
+    if attn_mask is not None:
+        term = as_array("attn_mask", attn_mask)
+        if term.dtype == np.bool_:
+            mask = term
+        elif term.dtype.kind in "iuc":
+            raise TypeError(f"attn_mask must be bool or float: got {term.dtype}")
+        else:
+            bias = term
+    causal: Causal = "top_left" if is_causal else False
+    return attention(q, k, v, mask=mask, bias=bias, causal=causal, scale=scale)
+
+
+def _broadcast_heads(*arrays: Array) -> list[Array]:
+    """Broadcast the head axes: without grouped queries torch takes them for batch axes."""
+    if all(x.ndim < 3 for x in arrays):
+        return list(arrays)
+    arrays = tuple(x[None] if x.ndim == 2 else x for x in arrays)
+    counts = {x.shape[-3] for x in arrays if x.ndim >= 3}
+    if len(counts) <= 1:
+        return list(arrays)
+    if len(counts - {1}) > 1:
+        raise ValueError(
+            "query, key and value must have equal numbers of heads, or 1, without enable_gqa: got "
+            + ", ".join(str(x.shape[-3]) for x in arrays)
+        )
+    count = max(counts - {1})
+    return [np.broadcast_to(x, (*x.shape[:-3], count, *x.shape[-2:])) for x in arrays]
+
+
+def attention_weights(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    stage: Stage = "probabilities",
+    rows: int | slice | ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    causal: Causal = False,
+    query_offset: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    scale: float | None = None,
+    layout: Layout = "bhld",
+) -> Array:
+    """Return the attention of every query to every key: the heat map, on purpose.
+
+    Parameters
+    ----------
+    query : array_like, (..., num_heads, seqlen_q, head_dim)
+    key : array_like, (..., num_kv_heads, seqlen_kv, head_dim)
+    stage : "scores", "softcapped", "biased" or "probabilities"
+        "scores" are scaled and raw, also at hidden keys; "softcapped" is the same while no softcap
+        is given; "biased" has the bias added and -inf at hidden keys; "probabilities" are the
+        softmax, 0 at hidden keys.
+    rows : int, slice or integers, optional
+        The queries to return, ``0 <= row < seqlen_q``; only theirs are computed, so that one row of
+        a long context is cheap. An int removes the axis.
+    mask, bias, causal, query_offset, kv_lengths, scale, layout
+        As in `attention`.
+
+    Returns
+    -------
+    ndarray, (..., num_heads, seqlen_q, seqlen_kv)
+        In ``np.result_type`` of query and key; float64 where that is an integer or bool.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention`; ValueError also for an unknown stage or a row out of range, TypeError for
+        rows that are not integers.
+
+    Notes
+    -----
+    This allocates what `attention` avoids: seqlen_q * seqlen_kv numbers for each head.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> fastattn.attention_weights(x, x, scale=1.0, rows=2).round(2)
+    array([0.21, 0.21, 0.58])
+    >>> fastattn.attention_weights(x, x, scale=1.0, causal=True).shape
+    (3, 3)
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of {', '.join(STAGES)}: got {stage!r}")
+    check_weights(
+        query,
+        key,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        query_offset=query_offset,
+        kv_lengths=kv_lengths,
+        scale=scale,
+        layout=layout,
+        rows=rows,
+    )
+    return reference.attention_weights(
+        query,
+        key,
+        stage=stage,
+        rows=rows,  # type: ignore[arg-type]
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        query_offset=query_offset,
+        kv_lengths=kv_lengths,
+        scale=scale,
+        layout=layout,
+    )
+
+
+def merge_states(
+    outputs: Sequence[ArrayLike] | Array, lses: Sequence[ArrayLike] | Array
+) -> tuple[Array, Array]:
+    """Return (output, lse) of attention over all keys from those over disjoint sets of them.
+
+    ``lse = log(sum(exp(lse_n)))`` and ``output = sum(exp(lse_n - lse) * output_n)``
+
+    Parameters
+    ----------
+    outputs : sequence of array_like, (..., seqlen_q, head_dim_v) each, or stacked on axis 0
+        Outputs of `attention` for the same queries.
+    lses : sequence of array_like, (..., seqlen_q) each, or stacked on axis 0
+        What ``return_lse=True`` gave with them.
+
+    Returns
+    -------
+    output : ndarray, (..., seqlen_q, head_dim_v)
+        In ``np.result_type`` of outputs.
+    lse : ndarray, (..., seqlen_q)
+        float32, float64 for float64.
+
+    Raises
+    ------
+    TypeError
+        For a dtype without meaning here.
+    ValueError
+        If there is no part, the numbers of outputs and lses differ, or shapes do not fit.
+
+    Notes
+    -----
+    A part whose lse is -inf saw no key and changes nothing, exactly.
+
+    References
+    ----------
+    .. [1] Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", section 3.1,
+       arXiv:1805.02867
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x = np.random.default_rng(0).standard_normal((2, 6, 4))
+    >>> parts = [fastattn.attention(x, x[:, s], x[:, s], return_lse=True)
+    ...          for s in (slice(0, 4), slice(4, 6))]
+    >>> output, lse = fastattn.merge_states(*zip(*parts))
+    >>> output.shape, bool(np.allclose(output, fastattn.attention(x, x, x)))
+    ((2, 6, 4), True)
+    """
+    return reference.merge_states(*check_states(outputs, lses))
+
+
+# ---------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------
+
+
+class _Kernels:
+    """The compiled code, imported at the first call: Numba takes most of a second to import."""
+
+    def __init__(self) -> None:
+        from fastattn.kernels import launch, prefill
+
+        self.launch: ModuleType = launch
+        self.prefill = {
+            np.dtype(np.float32): cache(lambda: prefill.prefill(prefill.types.float32)),
+            np.dtype(np.float64): cache(lambda: prefill.prefill(prefill.types.float64)),
+        }
+
+
+_kernels: _Kernels | None = None
+
+
+def _run(problem: Problem) -> None:
+    """Plan a checked problem and run it."""
+    global _kernels
+    if problem.out.size == 0 and problem.lse.size == 0:
+        return
+    if _kernels is None:
+        _kernels = _Kernels()
+    kernel = _kernels.prefill[problem.format.accumulation]()
+    launch = _kernels.launch
+    tiles, workers = plan(problem, runtime.usable_threads())
+    arguments = (
+        problem.query,
+        problem.key,
+        problem.value,
+        problem.out,
+        problem.format.storage,
+        problem.lse,
+        problem.mask,
+        problem.bias,
+        problem.offsets,
+        problem.lengths,
+        problem.positions,
+        UNBOUNDED,
+        problem.right,
+        problem.scale * _LOG2_E,
+        tiles,
+    )
+    if workers == 1:
+        launch.run(*arguments, kernel)
+    else:
+        record = np.empty(1, launch.PROBLEM)
+        counter = np.empty(1, np.int64)
+        launch.describe(*arguments, record, counter)
+        runtime.launch(launch, kernel, record, workers)

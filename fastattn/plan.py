@@ -1,0 +1,45 @@
+"""From a checked call to a way of running it: one table, each threshold with its reason."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastattn.problem import Problem
+
+
+class Plan(NamedTuple):
+    """How a kernel is run. No number here changes a bit of the result."""
+
+    tiles: int  # query tiles of one work item
+    workers: int  # threads
+
+
+# Multiply-adds below which one thread is faster: waking a team of threads takes a few
+# microseconds, in which one core does some hundred thousand of them.
+_SERIAL_WORK = 300_000
+
+# Query tiles of one work item, at most. A block of keys and values is read from the second-level
+# cache once for all of them, and converted once where it is stored in 16 bits; with more, their
+# queries and sums no longer fit beside it.
+_MOST_TILES = 4
+
+# Queries of one tile, at least, on any instruction set: for counting items without asking Numba.
+_TILE_QUERIES = 16
+
+# Work items for each thread, at least: threads take items until none is left, so that the last
+# to finish is late by one item.
+_ITEMS_PER_WORKER = 4
+
+
+def plan(problem: Problem, threads: int) -> Plan:
+    """Choose the size of work items and the number of threads."""
+    _, num_heads, seqlen_q, head_dim = problem.query.shape
+    _, num_kv_heads, seqlen_kv, head_dim_v = problem.value.shape
+    work = problem.batch * num_heads * seqlen_q * seqlen_kv * (head_dim + head_dim_v)
+    if threads == 1 or work < _SERIAL_WORK:
+        return Plan(_MOST_TILES, 1)
+    heads = problem.batch * num_kv_heads
+    rows = num_heads // num_kv_heads * seqlen_q
+    tiles = -(-heads * rows // _TILE_QUERIES)
+    per_item = tiles // (threads * _ITEMS_PER_WORKER)
+    return Plan(max(1, min(_MOST_TILES, per_item)), min(threads, tiles))

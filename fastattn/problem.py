@@ -1,0 +1,509 @@
+"""Every check of a call: what passes is a `Problem`, which kernels can trust.
+
+TypeError for a wrong kind, ValueError for a wrong value; messages name the argument, what was
+expected and what came. Nothing here is written to, and nothing is copied but what no kernel can
+read in place: integers, mixed types and foreign byte order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+
+# A bound that no position reaches, and far from overflow when positions are added to it.
+UNBOUNDED = 1 << 48
+
+
+class Format(NamedTuple):
+    """How elements of one dtype are stored, computed and handed to a kernel."""
+
+    storage: int  # the number that `kernels/staging.py` gives the format
+    accumulation: np.dtype[Any]
+    view: np.dtype[Any]  # what Numba takes in its place
+
+
+_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+_BITS = np.dtype(np.uint16)
+_FLOATS = "float16, float32, float64 or bfloat16"
+_BOOL = 4
+
+
+@lru_cache(maxsize=64)
+def _format(dtype: np.dtype[Any]) -> Format | None:
+    """Return the format of a dtype in native byte order; None for what is not a known float."""
+    if dtype == _SINGLE:
+        return Format(0, _SINGLE, _SINGLE)
+    if dtype == _DOUBLE and dtype.char == "d":
+        return Format(1, _DOUBLE, _DOUBLE)
+    if dtype == np.float16:
+        return Format(2, _SINGLE, _BITS)
+    # By name: ml_dtypes need not be installed.
+    if dtype.name == "bfloat16" and dtype.itemsize == 2:
+        return Format(3, _SINGLE, _BITS)
+    return None
+
+
+class Problem(NamedTuple):
+    """A checked call. Arrays have axes (batch or 1, heads, rows, elements); strides as they came."""
+
+    query: Array
+    key: Array
+    value: Array
+    out: Array
+    lse: Array  # (batch, num_heads, seqlen_q), or empty where it is not wanted
+    format: Format
+    mask: Array  # int64: address, storage, and byte strides for batch, head, query and key
+    bias: Array
+    offsets: Array  # int64 (operand, batch): where batch entries start, (6, 0) for one stride
+    lengths: Array  # int64: keys of each batch entry, or of all, or empty
+    positions: Array  # int64: key at which query 0 of each batch entry stands, or of all
+    right: int  # a query sees keys up to this far behind its position
+    scale: float
+    batch: int
+    result: Array  # what the caller gets: out and lse in the caller's shape and layout
+    result_lse: Array | None
+    owners: tuple[Any, ...]  # arrays of which the fields above hold addresses only
+
+
+_ABSENT = np.array([0, -1, 0, 0, 0, 0], np.int64)
+_NO_OFFSETS = np.empty((6, 0), np.int64)
+_NONE = np.empty(0, np.int64)
+_ZERO = np.zeros(1, np.int64)
+_NO_LSE = {_SINGLE: np.empty((0, 0, 0), _SINGLE), _DOUBLE: np.empty((0, 0, 0), _DOUBLE)}
+for _constant in (_ABSENT, _NO_OFFSETS, _NONE, _ZERO):
+    _constant.flags.writeable = False
+
+
+def check(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    mask: ArrayLike | None,
+    bias: ArrayLike | None,
+    causal: bool | str,
+    query_offset: ArrayLike | None,
+    kv_lengths: ArrayLike | None,
+    scale: float | None,
+    layout: str,
+    return_lse: bool,
+    out: Array | None,
+) -> Problem:
+    """Check a call of `attention` against the contract and put it into a kernel's terms."""
+    inputs = (as_array("query", query), as_array("key", key), as_array("value", value))
+    dtype, form = common_format(("query", "key", "value"), inputs)
+    q, k, v = (x if x.dtype is dtype else x.astype(dtype) for x in inputs)
+    one_head = q.ndim == k.ndim == v.ndim == 2
+    q, k, v = (as_heads(name, x, layout) for name, x in zip(("query", "key", "value"), (q, k, v)))
+    batch_shape = check_shapes(q, k, v)
+    num_heads, seqlen_q, head_dim = q.shape[-3:]
+    seqlen_kv, head_dim_v = v.shape[-2:]
+    shape = (*batch_shape, num_heads, seqlen_q, head_dim_v)
+    score_shape = (*batch_shape, num_heads, seqlen_q, seqlen_kv)
+    batch = math.prod(batch_shape)
+
+    masks = None if mask is None else check_mask(mask, score_shape)
+    biases = None if bias is None else check_bias(bias, score_shape)
+    lengths = _NONE
+    if kv_lengths is not None:
+        lengths = per_batch("kv_lengths", kv_lengths, batch_shape)
+        check_range("kv_lengths", lengths, 0, seqlen_kv)
+    positions, right = check_positions(
+        causal, query_offset, lengths, batch_shape, seqlen_q, seqlen_kv
+    )
+
+    if out is None:
+        result = np.empty(_caller_shape(shape, layout, one_head), dtype)
+    else:
+        result = check_out(out, _caller_shape(shape, layout, one_head), dtype)
+        check_overlap(result, inputs, (mask, bias))
+    o = as_heads("out", result, layout)
+    result_lse = None
+    lse = _NO_LSE[form.accumulation]
+    if return_lse:
+        lse = np.empty((batch, num_heads, seqlen_q), form.accumulation)
+        result_lse = lse.reshape(shape[-2:-1] if one_head else shape[:-1])
+
+    operands = (q, k, v, o, masks, biases)
+    if len(batch_shape) <= 1:
+        q, k, v, o = (x if x.ndim == 4 else x[None] for x in (q, k, v, o))
+        offsets = _NO_OFFSETS
+    else:
+        offsets = batch_offsets(operands, batch_shape)
+        q, k, v, o = (x[(0,) * (x.ndim - 3)][None] if x.size else x for x in (q, k, v, o))
+    if form.view is _BITS:
+        q, k, v, o = (x.view(_BITS) for x in (q, k, v, o))
+    return Problem(
+        q,
+        k,
+        v,
+        o,
+        lse,
+        form,
+        _ABSENT if masks is None else _term(masks, _BOOL),
+        _ABSENT if biases is None else _term(biases, known_format(biases.dtype).storage),
+        offsets,
+        lengths,
+        positions,
+        right,
+        check_scale(scale, head_dim),
+        batch,
+        result,
+        result_lse,
+        (masks, biases),
+    )
+
+
+# ---------------------------------------------------------------------------
+# Arrays and their dtypes
+# ---------------------------------------------------------------------------
+
+
+def as_array(name: str, x: Any) -> Array:
+    """Return x as an ndarray, without a copy where it is one or offers its memory."""
+    if type(x) is np.ndarray:
+        return x
+    if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
+        return np.from_dlpack(x)
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array or nested lists of equal lengths: {error}") from None
+
+
+def known_format(dtype: np.dtype[Any]) -> Format:
+    """Return the format of a dtype that has been checked."""
+    form = _format(dtype)
+    assert form is not None
+    return form
+
+
+def common_format(names: Sequence[str], arrays: Sequence[Array]) -> tuple[np.dtype[Any], Format]:
+    """Return the dtype of the result, and its format.
+
+    NumPy's promotion; float64 for integers and bool. float16 and bfloat16 have no common type.
+    """
+    first = arrays[0].dtype
+    if all(x.dtype is first for x in arrays):
+        form = _format(first)
+        if form is not None and first.isnative:
+            return first, form
+    kinds = set()
+    for name, x in zip(names, arrays, strict=True):
+        native = x.dtype.newbyteorder("=")
+        if x.dtype.kind not in "biu" and _format(native) is None:
+            raise TypeError(f"{name} must be {_FLOATS}, or integer or bool: got {x.dtype}")
+        kinds.add(x.dtype.name)
+    if {"float16", "bfloat16"} <= kinds:
+        raise TypeError(
+            f"{', '.join(names)} must have a common dtype, float16 and bfloat16 have none: got "
+            + ", ".join(str(x.dtype) for x in arrays)
+        )
+    dtype = np.result_type(*arrays).newbyteorder("=")
+    if dtype.kind in "biu":
+        dtype = _DOUBLE
+    return dtype, known_format(dtype)
+
+
+def as_heads(name: str, x: Array, layout: str) -> Array:
+    """Return a view with axes (batch..., heads, length, features)."""
+    if layout == "bhld":
+        if x.ndim >= 3:
+            return x
+        if x.ndim == 2:
+            return x[None]
+        raise ValueError(f"{name} must have at least 2 dimensions: got shape {x.shape}")
+    if layout != "blhd":
+        raise ValueError(f'layout must be "bhld" or "blhd": got {layout!r}')
+    if x.ndim < 3:
+        raise ValueError(
+            f'{name} must have at least 3 dimensions with layout="blhd": got shape {x.shape}'
+        )
+    return x.swapaxes(-3, -2)
+
+
+def _caller_shape(shape: tuple[int, ...], layout: str, one_head: bool) -> tuple[int, ...]:
+    if one_head:
+        return shape[-2:]
+    if layout == "blhd":
+        return (*shape[:-3], shape[-2], shape[-3], shape[-1])
+    return shape
+
+
+# ---------------------------------------------------------------------------
+# Shapes
+# ---------------------------------------------------------------------------
+
+
+def check_shapes(q: Array, k: Array, v: Array) -> tuple[int, ...]:
+    """Check that the three fit together; return the shape of the batch axes."""
+    check_scores(q, k)
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            "value must have as many rows as key: "
+            f"got seqlen_kv {k.shape[-2]} in key and {v.shape[-2]} in value"
+        )
+    if k.shape[-3] != v.shape[-3]:
+        raise ValueError(
+            "value must have as many heads as key: "
+            f"got num_kv_heads {k.shape[-3]} in key and {v.shape[-3]} in value"
+        )
+    if q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
+        return q.shape[:-3]
+    try:
+        return np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    except ValueError:
+        raise ValueError(
+            "the batch axes of query, key and value must broadcast: "
+            f"got {q.shape[:-3]}, {k.shape[:-3]} and {v.shape[:-3]}"
+        ) from None
+
+
+def check_scores(q: Array, k: Array) -> None:
+    """Check that query and key have a product."""
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"key.shape[-1] must equal query.shape[-1]: got {q.shape[-1]} and {k.shape[-1]}"
+        )
+    if q.shape[-1] == 0:
+        raise ValueError(f"query must have a head_dim of at least 1: got shape {q.shape}")
+    num_heads, num_kv_heads = q.shape[-3], k.shape[-3]
+    if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
+        raise ValueError(
+            "the number of heads of key must divide that of query: "
+            f"got {num_kv_heads} and {num_heads}"
+        )
+
+
+def _broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
+    try:
+        return np.broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must broadcast to (..., num_heads, seqlen_q, seqlen_kv) = {shape}: "
+            f"got shape {x.shape}"
+        ) from None
+
+
+def check_mask(mask: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Return the mask as a view of the scores' shape."""
+    x = as_array("mask", mask)
+    if x.dtype != np.bool_:
+        raise TypeError(f"mask must be bool (True = attend), numbers are a bias: got {x.dtype}")
+    return _broadcast("mask", x, shape)
+
+
+def check_bias(bias: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Return the bias as a view of the scores' shape, copied only from what no kernel reads."""
+    x = as_array("bias", bias)
+    if x.dtype.kind in "iu":
+        x = x.astype(_DOUBLE)
+    elif not x.dtype.isnative and x.dtype.kind == "f":
+        x = x.astype(x.dtype.newbyteorder("="))
+    if _format(x.dtype) is None:
+        hint = ", a bool array is a mask" if x.dtype == np.bool_ else ""
+        raise TypeError(f"bias must be {_FLOATS} or integer{hint}: got {x.dtype}")
+    return _broadcast("bias", x, shape)
+
+
+def _term(x: Array, storage: int) -> Array:
+    strides = x.strides
+    batch_step = strides[-4] if x.ndim == 4 else 0
+    return np.array([x.ctypes.data, storage, batch_step, *strides[-3:]], np.int64)
+
+
+@lru_cache(maxsize=256)
+def _offsets_of(strides: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Return where the entries of broadcast batch axes start, in bytes, in C order."""
+    index = np.indices(shape, sparse=True)
+    total = sum((axis * step for axis, step in zip(index, strides, strict=True)), np.int64(0))
+    return np.broadcast_to(total, shape).reshape(-1)
+
+
+def batch_offsets(operands: Sequence[Array | None], shape: tuple[int, ...]) -> Array:
+    """Return (operand, batch) byte offsets of batch entries, for axes that no stride merges."""
+    table = np.zeros((len(operands), math.prod(shape)), np.int64)
+    for row, x in zip(table, operands, strict=True):
+        if x is not None:
+            own = x.shape[:-3]
+            strides = [0 if n == 1 else s for n, s in zip(own, x.strides)]
+            row[:] = _offsets_of((*(0,) * (len(shape) - len(own)), *strides), shape)
+    return table
+
+
+# ---------------------------------------------------------------------------
+# Positions and numbers
+# ---------------------------------------------------------------------------
+
+
+def per_batch(name: str, numbers: ArrayLike, batch_shape: tuple[int, ...]) -> Array:
+    """Return integers for all batch entries or one for each, as int64 of shape (1,) or (batch,)."""
+    x = as_array(name, numbers)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an int or integers: got {x.dtype}")
+    if x.dtype == np.uint64 and x.size and x.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must fit into 64 bits with a sign: got {x.max()}")
+    x = x.astype(np.int64)
+    if x.ndim == 0:
+        return x.reshape(1)
+    try:
+        return np.ascontiguousarray(np.broadcast_to(x, batch_shape)).reshape(-1)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be one number or broadcast to the batch axes {batch_shape}: "
+            f"got shape {x.shape}"
+        ) from None
+
+
+def check_range(name: str, numbers: Array, low: int, high: int) -> None:
+    """Check that all numbers lie between two bounds, both allowed."""
+    if numbers.size and (numbers.min() < low or numbers.max() > high):
+        raise ValueError(
+            f"{name} must lie between {low} and {high}: got {numbers.min()} to {numbers.max()}"
+        )
+
+
+def check_positions(
+    causal: bool | str,
+    query_offset: ArrayLike | None,
+    lengths: Array,
+    batch_shape: tuple[int, ...],
+    seqlen_q: int,
+    seqlen_kv: int,
+) -> tuple[Array, int]:
+    """Return the position of query 0 in each batch entry, and how far right a query sees."""
+    if isinstance(causal, str):
+        if causal not in ("bottom_right", "top_left"):
+            raise ValueError(
+                f'causal must be a bool, "bottom_right" or "top_left": got {causal!r}'
+            )
+    elif not isinstance(causal, bool | np.bool_):
+        raise TypeError(
+            'causal must be a bool, "bottom_right" or "top_left": '
+            f"got {causal!r} of type {type(causal).__name__}"
+        )
+    positions = _ZERO
+    if query_offset is not None:
+        positions = per_batch("query_offset", query_offset, batch_shape)
+        check_range("query_offset", positions, -UNBOUNDED, UNBOUNDED)
+    elif causal and causal != "top_left":
+        positions = (lengths if lengths.size else np.array([seqlen_kv], np.int64)) - seqlen_q
+    return positions, 0 if causal else UNBOUNDED
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """Return the scale as a float."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    try:
+        number = float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"scale must be a real number or None: got {scale!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"scale must be finite: got {number}")
+    return number
+
+
+# ---------------------------------------------------------------------------
+# The other functions
+# ---------------------------------------------------------------------------
+
+STAGES = ("scores", "softcapped", "biased", "probabilities")
+
+
+def check_weights(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    mask: ArrayLike | None,
+    bias: ArrayLike | None,
+    causal: bool | str,
+    query_offset: ArrayLike | None,
+    kv_lengths: ArrayLike | None,
+    scale: float | None,
+    layout: str,
+    rows: Any,
+) -> None:
+    """Check a call of `attention_weights`: one of `attention` without values, and the rows."""
+    k = as_array("key", key)
+    problem = check(
+        query,
+        k,
+        k,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        query_offset=query_offset,
+        kv_lengths=kv_lengths,
+        scale=scale,
+        layout=layout,
+        return_lse=False,
+        out=None,
+    )
+    if rows is None or isinstance(rows, slice):
+        return
+    numbers = as_array("rows", rows)
+    if numbers.dtype.kind not in "iu":
+        raise TypeError(f"rows must be an int, a slice or integers: got {numbers.dtype}")
+    check_range("rows", numbers, 0, problem.query.shape[2] - 1)
+
+
+def check_states(outputs: Any, lses: Any) -> tuple[list[Array], list[Array]]:
+    """Check the parts of `merge_states` and return them as arrays."""
+    parts = [as_array(f"outputs[{n}]", x) for n, x in enumerate(outputs)]
+    logs = [as_array(f"lses[{n}]", x) for n, x in enumerate(lses)]
+    if not parts or len(parts) != len(logs):
+        raise ValueError(
+            "outputs and lses must be as many, and at least one: "
+            f"got {len(parts)} and {len(logs)}"
+        )
+    common_format([f"outputs[{n}]" for n in range(len(parts))], parts)
+    common_format([f"lses[{n}]" for n in range(len(logs))], logs)
+    for n, (part, log) in enumerate(zip(parts, logs, strict=True)):
+        if part.ndim == 0 or part.shape != parts[0].shape:
+            raise ValueError(
+                f"outputs[{n}] must have the shape of outputs[0] {parts[0].shape}: got {part.shape}"
+            )
+        if log.shape != part.shape[:-1]:
+            raise ValueError(
+                f"lses[{n}] must have the shape of its output without the last axis "
+                f"{part.shape[:-1]}: got {log.shape}"
+            )
+    return parts, logs
+
+
+# ---------------------------------------------------------------------------
+# The caller's own output
+# ---------------------------------------------------------------------------
+
+
+def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Check that the result can be written to `out`."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array: got {type(out).__name__}")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have the result's dtype {dtype}: got {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out must have the result's shape {shape}: got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable: got a read-only array")
+    if any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
+        raise ValueError(
+            f"out must have room for every element: got strides {out.strides} for {out.shape}"
+        )
+    return out
+
+
+def check_overlap(out: Array, inputs: Sequence[Array], terms: Sequence[ArrayLike | None]) -> None:
+    """Check that `out` shares no element with what is read."""
+    names = ("query", "key", "value", "mask", "bias")
+    for name, x in zip(names, (*inputs, *terms), strict=True):
+        if isinstance(x, np.ndarray) and np.shares_memory(out, x):
+            raise ValueError(f"out must not share memory with {name}")

@@ -1,0 +1,230 @@
+"""Threads, processes, warm-up and versions: what surrounds the kernels.
+
+Nothing here touches Numba's process-wide settings: the number of threads is this library's own,
+and the threading layer is whatever the process has or gets.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+_threads: int | None = None
+_in_forked_child = False
+# Numba's workqueue aborts the process when two Python threads launch at once. Before the first
+# launch nobody knows which layer it will be, so every launch tries for the lock until then.
+_launching = threading.Lock()
+_layer: str | None = None
+
+
+def _after_fork() -> None:
+    global _in_forked_child, _launching
+    _in_forked_child = True
+    _launching = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _most_threads() -> int:
+    from numba import config
+
+    return int(config.NUMBA_NUM_THREADS)
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads the calls of this library use, at most.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to the number of threads that Numba has (``NUMBA_NUM_THREADS``, by default the
+        number of cores). Nobody else's setting changes. Results do not depend on it.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer.
+    ValueError
+        If `n` is out of range.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> before = fastattn.get_num_threads()
+    >>> fastattn.set_num_threads(1)
+    >>> fastattn.get_num_threads()
+    1
+    >>> fastattn.set_num_threads(before)
+    """
+    global _threads
+    if isinstance(n, bool) or not isinstance(n, int | np.integer):
+        raise TypeError(f"n must be an int: got {n!r} of type {type(n).__name__}")
+    most = _most_threads()
+    if not 1 <= n <= most:
+        raise ValueError(f"n must lie between 1 and {most}: got {n}")
+    _threads = int(n)
+
+
+def get_num_threads() -> int:
+    """Return how many threads the calls of this library use, at most.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> fastattn.get_num_threads() >= 1
+    True
+    """
+    return _most_threads() if _threads is None else _threads
+
+
+def usable_threads() -> int:
+    """Return how many threads a call may use here and now.
+
+    One in a forked child, unless the layer is known to survive a fork: under OpenMP the child
+    would hang or die at its first launch.
+    """
+    if _in_forked_child and _layer not in ("tbb", "workqueue"):
+        return 1
+    return get_num_threads()
+
+
+def launch(kernels: Any, kernel: int, record: Any, workers: int) -> None:
+    """Run a prepared kernel on several threads, or on one where the layer is busy and cannot."""
+    global _layer
+    if _layer in ("omp", "tbb"):
+        kernels.launch(kernel, record, workers)
+    elif _launching.acquire(blocking=False):
+        try:
+            kernels.launch(kernel, record, workers)
+            if _layer is None:
+                import numba
+
+                _layer = numba.threading_layer()
+        finally:
+            _launching.release()
+    else:
+        kernels.call(kernel, record)
+
+
+# ---------------------------------------------------------------------------
+# Warm-up
+# ---------------------------------------------------------------------------
+
+_WARM_UP_AFTER = 1.0
+
+
+def warmup(
+    dtypes: Iterable[DTypeLike] | None = None, progress: bool | None = None
+) -> None:
+    """Compile, or load, what calls with the given dtypes need.
+
+    The first call ever of a dtype compiles for some seconds; the code is kept on disk, where later
+    processes load it in a fraction of a second. After this, calls have nothing left to wait for.
+
+    Parameters
+    ----------
+    dtypes : iterable of dtypes, optional
+        None means float32 and float64. 16-bit types share most of float32's code.
+    progress : bool, optional
+        Show a progress bar on standard error. None shows it where standard error is a terminal
+        and the work takes longer than a second.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one that `attention` computes in.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> fastattn.warmup(["float32"], progress=False)
+    """
+    from fastattn.attention import attention
+
+    wanted = [np.dtype(d) for d in (dtypes if dtypes is not None else (np.float32, np.float64))]
+    steps: list[Callable[[], object]] = []
+    for dtype in wanted:
+        small = np.ones((1, 1, 2, 1), dtype)
+        # Enough work for several threads, in as little time as that takes.
+        large = np.ones((1, 4, 64, 64), dtype)
+        steps += [lambda x=small: attention(x, x, x), lambda x=large: attention(x, x, x)]  # type: ignore[misc]
+    begin = time.monotonic()
+    for n, step in enumerate(steps):
+        late = time.monotonic() - begin > _WARM_UP_AFTER
+        if progress or (progress is None and sys.stderr.isatty() and late):
+            _draw(n, len(steps))
+        step()
+    if progress or (progress is None and sys.stderr.isatty() and late):
+        _draw(len(steps), len(steps))
+        sys.stderr.write("\n")
+
+
+def _draw(done: int, total: int) -> None:
+    width = 30
+    filled = width * done // total
+    sys.stderr.write(f"\rfastattn: compiling [{'#' * filled}{'.' * (width - filled)}] {done}/{total}")
+    sys.stderr.flush()
+
+
+# ---------------------------------------------------------------------------
+# Versions
+# ---------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Return what `show_versions` prints, as text by name."""
+    import llvmlite
+    import numba
+
+    import fastattn
+    from fastattn.kernels import code_cache
+    from fastattn.kernels.host import HOST
+
+    directory = code_cache.directory()
+    try:
+        layer = numba.threading_layer()
+    except ValueError:
+        layer = f"not started yet (Numba is set to {numba.config.THREADING_LAYER})"
+    return {
+        "fastattn": fastattn.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "llvmlite": llvmlite.__version__,
+        "platform": platform.platform(),
+        "cpu": HOST.cpu,
+        "instruction set": f"{HOST.instruction_set}, {HOST.vector_bytes} bytes"
+        + ("" if HOST.fused else ", no fused multiply-add"),
+        "lanes": f"{HOST.vector_bytes // 4} float32, {HOST.vector_bytes // 8} float64",
+        "accumulators": f"{HOST.wide[0]} x {HOST.wide[1]} registers",
+        "threading layer": layer,
+        "threads": f"{get_num_threads()} of {_most_threads()}",
+        "compiled code": "in memory only (no writable directory)"
+        if directory is None
+        else f"{directory} (writable)",
+    }
+
+
+def show_versions() -> None:
+    """Print the versions, CPU, threads and directory that matter for a report.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> fastattn.show_versions()  # doctest: +ELLIPSIS
+    fastattn ...
+    """
+    found = versions()
+    width = max(map(len, found))
+    for name, text in found.items():
+        print(f"{name:{width}}  {text}")

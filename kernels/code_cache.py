@@ -1,0 +1,135 @@
+"""Compiled code on disk: where it is kept, and what makes it stale.
+
+Numba keys its own cache on the decorated function's file alone, so that an edit in a
+helper leaves old machine code running. Here the key is every file of this package, with
+the versions of Numba and llvmlite; Numba adds the CPU. Kept code is unpickled, so it
+lives in a directory that belongs to the user alone. Where there is none, or anything
+goes wrong with a file, code is compiled in memory: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+
+
+@cache
+def source_stamp() -> str:
+    """Digest of the kernels' sources and of what compiles them."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _root() -> Path | None:
+    chosen = os.environ.get("FASTATTN_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "fastattn"
+        if os.name == "nt":
+            local = os.environ.get("LOCALAPPDATA")
+            return Path(local) / "fastattn" / "cache" if local else None
+        base = os.environ.get("XDG_CACHE_HOME")
+        # The specification says that a relative path is to be ignored.
+        if base and os.path.isabs(base):
+            return Path(base) / "fastattn"
+        return Path.home() / ".cache" / "fastattn"
+    except RuntimeError:
+        # No home directory can be determined.
+        return None
+
+
+def _belongs_to_user(path: Path) -> bool:
+    if not hasattr(os, "getuid"):
+        return True
+    status = path.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@cache
+def directory() -> Path | None:
+    """The directory that holds compiled code, made if need be; None where there can be none."""
+    root = _root()
+    if root is None:
+        return None
+    path = root / source_stamp()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _belongs_to_user(path) or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            return None
+    except OSError:
+        return None
+    return path
+
+
+class _Locator(_CacheLocator):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def get_cache_path(self) -> str:
+        return str(self._path)
+
+    def get_source_stamp(self) -> str:
+        return source_stamp()
+
+    def get_disambiguator(self) -> str:
+        return ""
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _Locator | None:
+        path = directory()
+        return None if path is None else cls(path)
+
+
+class _Implementation(CompileResultCacheImpl):
+    _locator_classes = [_Locator]
+
+    def __init__(self, py_func: Any, name: str) -> None:
+        super().__init__(py_func)
+        self._filename_base = name
+
+
+class CodeCache(FunctionCache):
+    """Numba's cache with this package's key, directory and forgiveness."""
+
+    def __init__(self, py_func: Any, name: str) -> None:
+        self._kept_name = name
+        self._impl_class = lambda function: _Implementation(function, name)
+        super().__init__(py_func)
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        # The name says which closure this is; pickled cells would differ between processes.
+        return sig, codegen.magic_tuple(), self._kept_name
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:
+            # A torn or foreign file: whatever unpickling or linking says, compiling is right.
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError:
+            # A full or read-only disk.
+            return
+
+
+def keep(compiled: Any, py_func: Any, name: str) -> None:
+    """Let a dispatcher or C function of Numba keep its code on disk, where that is possible."""
+    if directory() is not None:
+        compiled._cache = CodeCache(py_func, name)

@@ -1,0 +1,75 @@
+"""How the kernels are compiled: each decision about Numba once, with its reason.
+
+Numba compiles a jitted function once more inside every function that calls it. With the
+loops of a kernel three calls deep that took four fifths of the compile time. Loops are
+therefore C functions, compiled once and called by their symbol (``routine``); only the
+thin layer between them is made of ordinary jitted functions (``glue``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+from numba import njit, types
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
+
+from .code_cache import keep
+
+# Only what keeps NaN and Inf meaningful: masks are -inf and NaN must reach the output. "contract"
+# fuses a product with the sum behind it; nothing may reorder sums, so that bits stay the same.
+_FLAGS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
+
+# C functions live as long as the process: other code holds their addresses.
+_compiled: dict[str, CFunc] = {}
+
+
+def _c_function(name: str, signature: Any, function: Callable[..., Any]) -> CFunc:
+    compiled = CFunc(function, normalize_signature(signature), locals={}, options=dict(_FLAGS))
+    keep(compiled, function, name)
+    compiled.compile()
+    _compiled[name] = compiled
+    return compiled
+
+
+def routine(signature: Any, *variant: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A loop over tiles or rows: a C function that other compiled code calls by its symbol.
+
+    ``variant`` tells apart the functions that one closure makes.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        name = "_".join(["fastattn", function.__name__, *map(str, variant)])
+        compiled = _c_function(name, signature, function)
+        llvm.add_symbol(name, compiled.address)
+        return types.ExternalFunction(name, signature)
+
+    return decorate
+
+
+def kernel(*variant: Any) -> Callable[[Callable[..., Any]], int]:
+    """A whole kernel: the address of a C function of the address of its problem."""
+
+    def decorate(function: Callable[..., Any]) -> int:
+        name = "_".join(["fastattn", function.__name__, *map(str, variant)])
+        return int(_c_function(name, types.void(types.int64), function).address)
+
+    return decorate
+
+
+def glue(function: Callable[..., Any]) -> Any:
+    """A thin part of a kernel, compiled into what calls it."""
+    return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_FLAGS)(function)
+
+
+def entry(signature: Any = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A function that Python calls; it lets other Python threads run meanwhile."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = njit(nogil=True, **_FLAGS, **options)(function)
+        keep(dispatcher, function, f"fastattn_{function.__name__}")
+        return dispatcher
+
+    return decorate

@@ -1,0 +1,79 @@
+"""What the host's instruction set offers, asked of LLVM once.
+
+Numba decides for which CPU it compiles (the host, or ``NUMBA_CPU_NAME`` with
+``NUMBA_CPU_FEATURES``). Instead of keeping a table of CPU names, one line of
+LLVM IR is compiled for the same target and its assembly is read: the registers
+that appear are the registers that the kernels will get.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+from numba.core.registry import cpu_target
+
+
+class Host(NamedTuple):
+    """Vector width, and the accumulator tiles that fit the register file.
+
+    ``wide`` and ``narrow`` are ``(rows, cols)``: rows are keys (or value
+    features), cols are vectors of queries. A step of the inner loop loads
+    ``rows + cols`` registers for ``rows * cols`` multiply-adds, and needs
+    ``rows * cols + cols + 1`` registers. ``exp_rows`` registers go through one exp2
+    together, to hide its latency without spilling.
+    """
+
+    cpu: str
+    instruction_set: str
+    vector_bytes: int
+    fused: bool
+    wide: tuple[int, int]
+    narrow: tuple[int, int]
+    exp_rows: int
+
+
+# One multiply-add on 64 bytes: wider than or as wide as any register known here.
+_PROBE = """
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)
+define void @probe(ptr %p) {
+  %x = load <16 x float>, ptr %p, align 4
+  %y = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %x, <16 x float> %x, <16 x float> %x)
+  store <16 x float> %y, ptr %p, align 4
+  ret void
+}
+"""
+
+
+def _probe_assembly() -> tuple[str, str, str]:
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(
+        cpu=cpu, features=features, opt=2
+    )
+    return triple, cpu, machine.emit_assembly(llvm.parse_assembly(_PROBE))
+
+
+def detect() -> Host:
+    """Describe the target that Numba compiles for."""
+    triple, cpu, assembly = _probe_assembly()
+    if triple.startswith(("aarch64", "arm64")):
+        # 32 registers of 16 bytes: 8 x 3 accumulators, 3 columns, one broadcast.
+        return Host(cpu, "NEON", 16, True, (8, 3), (8, 1), 4)
+    fused = re.search(r"\bvfmadd", assembly) is not None
+    if "%zmm" in assembly:
+        # 32 registers of 64 bytes. A broadcast is a memory operand of the
+        # multiply-add, so 8 x 2 is ahead of taller tiles, which spill.
+        return Host(cpu, "AVX-512", 64, fused, (8, 2), (8, 1), 4)
+    if "%ymm" in assembly:
+        # 16 registers: 4 x 3 takes all of them (12 + 3 + 1) and has the fewest
+        # loads for each multiply-add of all shapes that fit.
+        return Host(cpu, "AVX2" if fused else "AVX", 32, fused, (4, 3), (8, 1), 3)
+    if "%xmm" in assembly:
+        # No fused multiply-add: each product takes one more register, so the
+        # tile is one column smaller than under AVX2.
+        return Host(cpu, "SSE", 16, fused, (4, 2), (8, 1), 3)
+    return Host(cpu, "generic", 16, fused, (4, 2), (4, 1), 3)
+
+
+HOST = detect()

@@ -1,0 +1,446 @@
+"""Attention of many queries: work items of (batch, kv head, tiles of queries).
+
+::
+
+    for every (batch, kv head, group of query tiles)        shared between the threads
+        pack the queries, transposed and scaled
+        for every block of keys that any of them sees       one after the other
+            for every tile that sees one of them
+                scores -> bias, mask -> hide -> softmax -> add the weighted sum
+        divide by the sums, transpose, write
+
+A work item owns its rows of the output, so that threads do not race, and no sum crosses
+items, so that bits depend neither on the threads nor on the batch. Items are taken from
+a shared counter: a core that is held up takes fewer. Every thread has its own scratch;
+nothing grows with the number of keys. See Dao (2023), FlashAttention-2, sections 3.1
+and 3.2.
+
+Every variant is a switch for a whole tile, so that one compiled kernel for each
+accumulation type serves them all.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+
+from .compile import glue, kernel
+from .host import HOST
+from .modifiers import modifiers
+from .record import problem_at
+from .simd import (
+    address,
+    data,
+    itemsize,
+    keep,
+    lanes_of,
+    on,
+    pointer,
+    take_ticket,
+)
+from .softmax import online_softmax
+from .staging import ABSENT, FLOAT32, FLOAT64, staging
+from .tiles import nonfinite, tiles
+
+# Keys of one block: K and V of 64 keys with a head_dim of 64 fill the first-level cache together
+# with the scores. A multiple of every number of lanes.
+BLOCK_KV = 64
+
+_LOG2_E = 1.4426950408889634
+_LN_2 = 0.6931471805599453
+_COLS = HOST.wide[1]
+_BYTE = np.uint8(0)
+_INTEGER = np.int64(0)
+
+
+class Item(NamedTuple):
+    """What a work item is about: one kv head of one batch entry."""
+
+    kv_head: int
+    q: int  # addresses of the batch entry in every array
+    k: int
+    v: int
+    out: int
+    mask: int
+    bias: int
+    lse: int
+    seqlen_kv: int
+    position: int  # key at which query 0 stands
+
+
+class QueryTile(NamedTuple):
+    """What is kept of one tile of queries from block to block."""
+
+    q: Any  # Q^T, scaled (head_dim, queries)
+    o: Any  # O^T, not yet divided by the sums (head_dim_v, queries)
+    row_max: Any
+    row_sum: Any
+    first: Any  # first and last visible key of each query
+    last: Any
+    extent: Any  # smallest and largest of first, smallest and largest of last
+
+
+class Scratch(NamedTuple):
+    """One thread's memory. Rows on their way to or from a tile are padded to whole registers."""
+
+    s: Any  # S^T, then P^T (BLOCK_KV, queries)
+    kept: Any  # S^T where it is needed beside P^T
+    term: Any  # a mask or bias, transposed like S^T
+    rescale: Any
+    begin: Any  # first and last visible key of each query, counted from the block
+    end: Any
+    rows: Any  # rows between the caller's memory and a transposed tile
+    k: Any  # a block of K or V where the caller's memory cannot be read in place
+    v: Any
+    tiles: Any  # the query tiles, floating-point part
+    bounds: Any  # and their integers
+    q_length: int  # head_dim and head_dim_v, padded
+    v_length: int
+    tile_size: int  # elements of one query tile
+
+
+# ---------------------------------------------------------------------------
+# Addresses
+# ---------------------------------------------------------------------------
+
+
+@glue
+def _entry(problem, operand, index, batch):
+    """Address of one batch entry of an array."""
+    if problem.offsets != 0:
+        offsets = pointer(problem.offsets, _INTEGER)
+        return operand.base + offsets[index * problem.batches + batch]
+    return operand.base + batch * operand.batch_step
+
+
+@glue
+def _item(problem, kv_head, batch, size):
+    seqlen_kv = problem.seqlen_kv
+    if problem.lengths != 0:
+        seqlen_kv = pointer(problem.lengths, _INTEGER)[batch * problem.lengths_step]
+    lse = problem.lse
+    if lse != 0:
+        lse += batch * problem.num_heads * problem.seqlen_q * size
+    return Item(
+        kv_head,
+        _entry(problem, problem.q, 0, batch),
+        _entry(problem, problem.k, 1, batch),
+        _entry(problem, problem.v, 2, batch),
+        _entry(problem, problem.out, 3, batch),
+        _entry(problem, problem.mask, 4, batch),
+        _entry(problem, problem.bias, 5, batch),
+        lse,
+        seqlen_kv,
+        pointer(problem.positions, _INTEGER)[batch * problem.positions_step],
+    )
+
+
+@glue
+def _head_and_query(problem, item, row):
+    """The rows of a kv head are the queries of its first query head, then of its second..."""
+    group_size = problem.num_heads // problem.num_kv_heads
+    return item.kv_head * group_size + row // problem.seqlen_q, row % problem.seqlen_q
+
+
+@glue
+def _row(problem, item, operand, base, row):
+    """A row of q, out, mask or bias."""
+    head, query = _head_and_query(problem, item, row)
+    return pointer(base + head * operand.head_step + query * operand.row_step, _BYTE)
+
+
+# ---------------------------------------------------------------------------
+# The steps of one tile of queries, and a whole work item
+# ---------------------------------------------------------------------------
+
+
+class _Steps(NamedTuple):
+    begin: Any
+    attend_block: Any
+    finish: Any
+
+
+def _steps(element: types.Float, cols: int) -> _Steps:
+    """The steps for tiles of ``cols`` registers of queries."""
+    queries = cols * lanes_of(element)
+    product = tiles(element, cols)
+    softmax = online_softmax(element, cols)
+    modify = modifiers(element, cols)
+    rows = staging(element)
+    count_nonfinite = nonfinite(element)
+
+    @glue
+    def begin(problem, item, row, count, tile, scratch):
+        """Pack the queries, find what they see, and set the state before any key.
+
+        Lanes behind ``count`` hold zeros and see nothing.
+        """
+        extent = tile.extent
+        extent[0] = item.seqlen_kv
+        extent[1] = 0
+        extent[2] = item.seqlen_kv
+        extent[3] = -1
+        for x in range(queries):
+            packed = on(scratch.rows, x * scratch.q_length)
+            first = item.seqlen_kv
+            last = np.int64(-1)
+            if x < count:
+                source = _row(problem, item, problem.q, item.q, row + x)
+                rows.read_row(packed, source, problem.q.step, problem.head_dim, problem.q.storage)
+                for d in range(problem.head_dim):
+                    packed[d] *= problem.factor
+                position = (row + x) % problem.seqlen_q + item.position
+                if position + problem.right >= 0 and position - problem.left < item.seqlen_kv:
+                    first = max(position - problem.left, 0)
+                    last = min(position + problem.right, item.seqlen_kv - 1)
+                extent[0] = min(extent[0], first)
+                extent[1] = max(extent[1], first)
+                extent[2] = min(extent[2], last)
+                extent[3] = max(extent[3], last)
+            else:
+                for d in range(problem.head_dim):
+                    packed[d] = 0
+            tile.first[x] = first
+            tile.last[x] = last
+        rows.transpose_rows(
+            tile.q, queries, scratch.rows, scratch.q_length, queries, scratch.q_length
+        )
+        softmax.start(tile.row_max, tile.row_sum, problem.head_dim_v, tile.o)
+
+    @glue
+    def add_term(problem, item, operand, base, row, count, key, keys, factor, scratch):
+        """Add a mask or bias, read through the caller's strides, to a score tile."""
+        for x in range(count):
+            source = on(_row(problem, item, operand, base, row + x), key * operand.step)
+            rows.read_row(
+                on(scratch.rows, x * BLOCK_KV), source, operand.step, keys, operand.storage
+            )
+        rows.transpose_rows(scratch.term, queries, scratch.rows, BLOCK_KV, queries, keys)
+        modify.add_bias(scratch.s, keys, scratch.term, factor)
+
+    @glue
+    def attend_block(problem, item, row, count, key, keys, k, k_step, v, v_step, tile, scratch):
+        """One tile of queries against one block of keys, some of which it sees."""
+        product.scores(k, k_step, keys, tile.q, problem.head_dim, scratch.s)
+        some_hidden = False
+        bias = problem.bias
+        if bias.storage != ABSENT:
+            add_term(problem, item, bias, item.bias, row, count, key, keys, _LOG2_E, scratch)
+            some_hidden = True
+        mask = problem.mask
+        if mask.storage != ABSENT:
+            add_term(problem, item, mask, item.mask, row, count, key, keys, 1.0, scratch)
+            some_hidden = True
+        if tile.extent[1] > key or tile.extent[2] < key + keys - 1:
+            for x in range(queries):
+                scratch.begin[x] = max(tile.first[x] - key, 0)
+                scratch.end[x] = min(max(tile.last[x] - key, -1), BLOCK_KV)
+            modify.hide_outside(scratch.s, keys, scratch.begin, scratch.end)
+            some_hidden = True
+        careful = some_hidden and count_nonfinite(v, v_step, keys, problem.head_dim_v) > 0
+        if careful:
+            product.copy(scratch.s, keys, scratch.kept)
+        softmax.update(scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
+        if careful:
+            product.values_seen(
+                v, v_step, keys, scratch.kept, scratch.s, scratch.rescale, problem.head_dim_v,
+                tile.o,
+            )
+        else:
+            product.values(
+                v, v_step, keys, scratch.s, scratch.rescale, problem.head_dim_v, tile.o
+            )
+
+    @glue
+    def sees_a_key(problem, item, row, first, last, term):
+        """Whether any key is visible to a row: asked only of rows whose scores are all -inf."""
+        for key in range(first, last + 1):
+            visible = True
+            mask = problem.mask
+            if mask.storage != ABSENT:
+                source = on(_row(problem, item, mask, item.mask, row), key * mask.step)
+                rows.read_row(term, source, mask.step, 1, mask.storage)
+                visible = term[0] != -np.inf
+            bias = problem.bias
+            if bias.storage != ABSENT:
+                source = on(_row(problem, item, bias, item.bias, row), key * bias.step)
+                rows.read_row(term, source, bias.step, 1, bias.storage)
+                visible = visible and term[0] != -np.inf
+            if visible:
+                return True
+        return False
+
+    @glue
+    def finish(problem, item, row, count, tile, scratch):
+        """Divide by the sums, transpose, write the rows and their lse."""
+        for x in range(count):
+            if tile.row_max[x] == -np.inf and sees_a_key(
+                problem, item, row + x, tile.first[x], tile.last[x], scratch.term
+            ):
+                # Every visible score is -inf: as in the textbook form, -inf - -inf is NaN.
+                tile.row_sum[x] = np.nan
+                for f in range(problem.head_dim_v):
+                    tile.o[f * queries + x] = np.nan
+        softmax.finish(tile.row_sum, problem.head_dim_v, tile.o)
+        rows.transpose_rows(
+            scratch.rows, scratch.v_length, tile.o, queries, scratch.v_length, queries
+        )
+        out = problem.out
+        for x in range(count):
+            target = _row(problem, item, out, item.out, row + x)
+            source = on(scratch.rows, x * scratch.v_length)
+            rows.write_row(target, out.step, source, problem.head_dim_v, out.storage)
+        if item.lse != 0:
+            lse = pointer(item.lse, tile.row_max)
+            for x in range(count):
+                head, query = _head_and_query(problem, item, row + x)
+                log_sum = math.log(tile.row_sum[x])
+                lse[head * problem.seqlen_q + query] = tile.row_max[x] * _LN_2 + log_sum
+
+    return _Steps(begin, attend_block, finish)
+
+
+@cache
+def prefill(element: types.Float) -> int:
+    """Address of the kernel that accumulates in ``element``; compiled at the first call."""
+    zero = np.dtype(str(element)).type(0)
+    native = FLOAT32 if element == types.float32 else FLOAT64
+    size = lanes_of(element)
+    queries = _COLS * size
+    wide = _steps(element, _COLS)
+    narrow = _steps(element, 1)
+    read_row = staging(element).read_row
+
+    @glue
+    def query_tile(scratch, index):
+        q = on(scratch.tiles, index * scratch.tile_size)
+        o = on(q, queries * scratch.q_length)
+        row_max = on(o, queries * scratch.v_length)
+        first = on(scratch.bounds, index * (2 * queries + 4))
+        last = on(first, queries)
+        return QueryTile(q, o, row_max, on(row_max, queries), first, last, on(last, queries))
+
+    @glue
+    def block(item, operand, base, length, key, keys, staged):
+        """A block of K or V and the bytes between its rows: in place, or converted to scratch."""
+        start = base + item.kv_head * operand.head_step + key * operand.row_step
+        if operand.storage == native and (operand.step == itemsize(staged) or length == 1):
+            return pointer(start, staged), operand.row_step
+        for j in range(keys):
+            source = pointer(start + j * operand.row_step, _BYTE)
+            read_row(on(staged, j * length), source, operand.step, length, operand.storage)
+        return staged, length * itemsize(staged)
+
+    @glue
+    def attend_rows(problem, item, row, count, scratch):
+        """One work item: ``count`` rows of one kv head against all keys that they see."""
+        wide_tiles = count // queries
+        rest = count - wide_tiles * queries
+        # The narrow tile is for what fits into one register of queries.
+        if rest > size:
+            wide_tiles += 1
+            rest = 0
+        first_key = item.seqlen_kv
+        last_key = np.int64(-1)
+        for t in range(wide_tiles):
+            tile = query_tile(scratch, t)
+            n = min(queries, count - t * queries)
+            wide.begin(problem, item, row + t * queries, n, tile, scratch)
+            first_key = min(first_key, tile.extent[0])
+            last_key = max(last_key, tile.extent[3])
+        rest_row = row + wide_tiles * queries
+        rest_tile = query_tile(scratch, wide_tiles)
+        if rest > 0:
+            narrow.begin(problem, item, rest_row, rest, rest_tile, scratch)
+            first_key = min(first_key, rest_tile.extent[0])
+            last_key = max(last_key, rest_tile.extent[3])
+
+        for key in range(first_key // BLOCK_KV * BLOCK_KV, last_key + 1, BLOCK_KV):
+            keys = min(BLOCK_KV, last_key + 1 - key)
+            k, k_step = block(item, problem.k, item.k, problem.head_dim, key, keys, scratch.k)
+            v, v_step = block(item, problem.v, item.v, problem.head_dim_v, key, keys, scratch.v)
+            for t in range(wide_tiles):
+                tile = query_tile(scratch, t)
+                # Keys behind the last that any query of the tile sees are not looked at.
+                seen = min(keys, tile.extent[3] + 1 - key)
+                if seen > 0 and tile.extent[0] < key + seen:
+                    at = row + t * queries
+                    n = min(queries, count - t * queries)
+                    wide.attend_block(
+                        problem, item, at, n, key, seen, k, k_step, v, v_step, tile, scratch
+                    )
+            if rest > 0:
+                seen = min(keys, rest_tile.extent[3] + 1 - key)
+                if seen > 0 and rest_tile.extent[0] < key + seen:
+                    narrow.attend_block(
+                        problem, item, rest_row, rest, key, seen, k, k_step, v, v_step, rest_tile,
+                        scratch,
+                    )
+
+        for t in range(wide_tiles):
+            n = min(queries, count - t * queries)
+            wide.finish(problem, item, row + t * queries, n, query_tile(scratch, t), scratch)
+        if rest > 0:
+            narrow.finish(problem, item, rest_row, rest, rest_tile, scratch)
+
+    @glue
+    def allocate(problem):
+        """One thread's scratch, and the two arrays that own it."""
+        q_length = (problem.head_dim + size - 1) // size * size
+        v_length = (problem.head_dim_v + size - 1) // size * size
+        tile_size = queries * (q_length + v_length + 2)
+        block_size = queries * BLOCK_KV
+        longest = max(q_length, v_length, BLOCK_KV)
+        staged = BLOCK_KV * (problem.head_dim + problem.head_dim_v)
+        total = 3 * block_size + (3 + longest) * queries + staged + problem.tiles * tile_size
+        memory = np.empty(total + 64, np.dtype(type(zero)))
+        bounds = np.empty(problem.tiles * (2 * queries + 4), np.int64)
+        # Aligned, so that no register of scratch straddles two cache lines.
+        s = pointer((address(data(memory)) + 63) // 64 * 64, zero)
+        kept = on(s, block_size)
+        term = on(kept, block_size)
+        rescale = on(term, block_size)
+        begin = on(rescale, queries)
+        end = on(begin, queries)
+        rows = on(end, queries)
+        k = on(rows, longest * queries)
+        v = on(k, BLOCK_KV * problem.head_dim)
+        tiles = on(v, BLOCK_KV * problem.head_dim_v)
+        scratch = Scratch(
+            s, kept, term, rescale, begin, end, rows, k, v, tiles, data(bounds), q_length, v_length,
+            tile_size,
+        )
+        return scratch, memory, bounds
+
+    @kernel(element)
+    def prefill(problem_address):
+        """Take work items from the problem's counter until none is left."""
+        problem = problem_at(problem_address)
+        # Where one head's queries do not fill a tile, those of the whole group share it.
+        rows = problem.num_heads // problem.num_kv_heads * problem.seqlen_q
+        segment = problem.seqlen_q if problem.seqlen_q >= queries else rows
+        segments = rows // segment
+        height = problem.tiles * queries
+        chunks = (segment + height - 1) // height
+        items = problem.batches * problem.num_kv_heads * segments * chunks
+        scratch, memory, bounds = allocate(problem)
+        counter = pointer(problem.counter, _INTEGER)
+        number = take_ticket(counter)
+        while number < items:
+            # The last chunk first: under causal it sees the most keys.
+            chunk = chunks - 1 - number % chunks
+            head = number // chunks
+            kv_head = head // segments % problem.num_kv_heads
+            batch = head // segments // problem.num_kv_heads
+            item = _item(problem, kv_head, batch, itemsize(scratch.s))
+            row = head % segments * segment + chunk * height
+            attend_rows(problem, item, row, min(height, segment - chunk * height), scratch)
+            number = take_ticket(counter)
+        keep(memory)
+        keep(bounds)
+
+    return prefill

@@ -1,0 +1,685 @@
+"""The vocabulary of the kernels: tiles of vector registers. The only file that speaks LLVM.
+
+A ``Tile`` is a value of ``rows x cols`` vector registers, each ``lanes`` elements
+wide, as an SSA value: a local variable that holds one costs no memory. Its shape
+is part of its type, so a function that is given one tile knows the shape of the
+others it needs (``like`` in the signatures below), and Numba compiles each
+function once for each shape.
+
+Pointers are Numba's ``CPointer(element)``. Steps between rows of the caller's
+memory are in bytes, as NumPy counts them; steps in scratch memory in elements.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic as _intrinsic
+from numba.extending import models, register_model
+from numba.np.numpy_support import from_dtype
+
+from .exponential import EXP2_COEFFICIENTS
+from .host import HOST
+
+intrinsic = _intrinsic(prefer_literal=True)
+
+_i8 = ir.IntType(8)
+_i16 = ir.IntType(16)
+_i32 = ir.IntType(32)
+_i64 = ir.IntType(64)
+
+
+# ---------------------------------------------------------------------------
+# The type
+# ---------------------------------------------------------------------------
+
+
+class Tile(types.Type):
+    """``rows x cols`` vector registers of ``element``."""
+
+    def __init__(self, element: types.Float, rows: int, cols: int) -> None:
+        self.element = element
+        self.rows = rows
+        self.cols = cols
+        self.lanes = lanes_of(element)
+        super().__init__(f"Tile({element}, {rows} x {cols} x {self.lanes})")
+
+    @property
+    def vector(self) -> ir.VectorType:
+        return ir.VectorType(_ir_float(self.element), self.lanes)
+
+    @property
+    def itemsize(self) -> int:
+        return self.element.bitwidth // 8
+
+    def __len__(self) -> int:
+        return self.rows * self.cols
+
+
+@register_model(Tile)
+class _TileModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, tile: Tile) -> None:
+        super().__init__(manager, tile, ir.ArrayType(tile.vector, len(tile)))
+
+
+def lanes_of(element: types.Float) -> int:
+    """How many elements one vector register holds."""
+    return HOST.vector_bytes * 8 // element.bitwidth
+
+
+def _ir_float(element: types.Float) -> ir.Type:
+    return ir.FloatType() if element == types.float32 else ir.DoubleType()
+
+
+def _literal(value: Any) -> int:
+    return int(value.literal_value)
+
+
+# ---------------------------------------------------------------------------
+# Small pieces of IR
+# ---------------------------------------------------------------------------
+
+
+def _unpack(builder: ir.IRBuilder, tile: ir.Value) -> list[ir.Value]:
+    return [builder.extract_value(tile, n) for n in range(tile.type.count)]
+
+
+def _pack(builder: ir.IRBuilder, tile: Tile, vectors: list[ir.Value]) -> ir.Value:
+    packed = ir.Constant(ir.ArrayType(tile.vector, len(tile)), ir.Undefined)
+    for n, vector in enumerate(vectors):
+        packed = builder.insert_value(packed, vector, n)
+    return packed
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType) -> ir.Value:
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, _i32(0))
+    zeros = ir.Constant(ir.VectorType(_i32, vector.count), [0] * vector.count)
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
+def _constant(vector: ir.VectorType, value: float) -> ir.Value:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    # llvmlite's builder.fma refuses vectors. Without the instruction llvm.fma would call libm for
+    # every lane; fmuladd becomes a multiplication and an addition.
+    vector = a.type
+    bits = 32 if vector.element == ir.FloatType() else 64
+    name = f"llvm.{'fma' if HOST.fused else 'fmuladd'}.v{vector.count}f{bits}"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(vector, [vector] * 3), name
+    )
+    return builder.call(function, [a, b, c])
+
+
+def _bytes_on(builder: ir.IRBuilder, pointer: ir.Value, count: ir.Value) -> ir.Value:
+    return builder.bitcast(
+        builder.gep(builder.bitcast(pointer, _i8.as_pointer()), [count]), pointer.type
+    )
+
+
+def _vector_at(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, tile: Tile) -> ir.Value:
+    return builder.bitcast(builder.gep(pointer, [index]), tile.vector.as_pointer())
+
+
+# ---------------------------------------------------------------------------
+# Pointers
+# ---------------------------------------------------------------------------
+
+
+@intrinsic
+def data(typingctx, array):  # type: ignore[no-untyped-def]
+    """Pointer to the first element of an array."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return context.make_array(array)(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def keep(typingctx, array):  # type: ignore[no-untyped-def]
+    """Keep an array until here: Numba frees it after its last use, addresses do not count."""
+    return types.void(array), lambda context, builder, sig, args: context.get_dummy_value()
+
+
+@intrinsic
+def pointer(typingctx, address, like):  # type: ignore[no-untyped-def]
+    """The integer ``address`` as a pointer to what ``like``, a scalar or another pointer, is of."""
+    result = like if isinstance(like, types.CPointer) else types.CPointer(like)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(result))
+
+    return result(types.intp, like), codegen
+
+
+def record_type(dtype: np.dtype) -> Any:
+    """An intrinsic that takes an integer address as a NumPy record of ``dtype``."""
+    result = from_dtype(dtype)
+
+    @intrinsic
+    def record_at(typingctx, address):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(args[0], context.get_value_type(result))
+
+        return result(types.intp), codegen
+
+    return record_at
+
+
+@intrinsic
+def call_kernel(typingctx, kernel, problem):  # type: ignore[no-untyped-def]
+    """Call the C function at address ``kernel`` with one integer."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        function = ir.FunctionType(ir.VoidType(), [_i64])
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def address(typingctx, pointer):  # type: ignore[no-untyped-def]
+    """A pointer as an integer."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.ptrtoint(args[0], _i64)
+
+    return types.intp(pointer), codegen
+
+
+@intrinsic
+def on(typingctx, pointer, count):  # type: ignore[no-untyped-def]
+    """The pointer ``count`` elements further on."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.intp), codegen
+
+
+@intrinsic
+def itemsize(typingctx, pointer):  # type: ignore[no-untyped-def]
+    """Bytes of one element, a constant."""
+    size = pointer.dtype.bitwidth // 8
+    return types.intp(pointer), lambda context, builder, sig, args: _i64(size)
+
+
+@intrinsic
+def bytes_on(typingctx, pointer, count):  # type: ignore[no-untyped-def]
+    """The pointer ``count`` bytes further on."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _bytes_on(builder, *args)
+
+    return pointer(pointer, types.intp), codegen
+
+
+# ---------------------------------------------------------------------------
+# Making, loading and storing tiles
+# ---------------------------------------------------------------------------
+
+
+def _shaped(rows: int | None, cols: int | None) -> Callable[[Tile], Tile]:
+    return lambda like: Tile(like.element, rows or like.rows, cols or like.cols)
+
+
+def _accumulators(like: Tile) -> Tile:
+    rows, cols = HOST.wide if like.cols == HOST.wide[1] else HOST.narrow
+    return Tile(like.element, rows, cols)
+
+
+def _constant_tile(shape: Callable[[Tile], Tile], value: Callable[[Tile], float], doc: str) -> Any:
+    @intrinsic
+    def make(typingctx, like):  # type: ignore[no-untyped-def]
+        tile = shape(like)
+
+        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            return _pack(builder, tile, [_constant(tile.vector, value(tile))] * len(tile))
+
+        return tile(like), codegen
+
+    make.__doc__ = doc
+    return make
+
+
+def _lowest(tile: Tile) -> float:
+    return float(np.finfo(str(tile.element)).min)
+
+
+_same_shape = _shaped(None, None)
+zeros = _constant_tile(_same_shape, lambda _: 0.0, "Zeros, shaped as ``like``.")
+ones = _constant_tile(_same_shape, lambda _: 1.0, "Ones, shaped as ``like``.")
+hidden = _constant_tile(_same_shape, lambda _: -math.inf, "-inf, the score of a hidden key.")
+lowest = _constant_tile(_same_shape, _lowest, "The lowest finite number: only -inf is less.")
+accumulators = _constant_tile(
+    _accumulators, lambda _: 0.0, "Zeros as wide as ``like``, as many rows as registers hold."
+)
+column = _constant_tile(_shaped(None, 1), lambda _: 0.0, "Zeros, the first column of ``like``.")
+stack = _constant_tile(
+    _shaped(HOST.exp_rows, 1), lambda _: 0.0, "Zeros: as many registers as one exp2 mixes."
+)
+square = _constant_tile(
+    lambda like: Tile(like.element, lanes_of(like.element), 1),
+    lambda _: 0.0,
+    "Zeros, one column and as many rows as lanes: what can be transposed.",
+)
+
+
+@intrinsic
+def splat(typingctx, scalar, cols):  # type: ignore[no-untyped-def]
+    """One row of ``cols`` registers, every lane ``scalar``."""
+    tile = Tile(scalar, 1, _literal(cols))
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _pack(builder, tile, [_splat(builder, args[0], tile.vector)] * len(tile))
+
+    return tile(scalar, cols), codegen
+
+
+@intrinsic
+def filled(typingctx, like, scalar):  # type: ignore[no-untyped-def]
+    """A tile shaped as ``like``, every lane ``scalar``."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _pack(builder, like, [_splat(builder, args[1], like.vector)] * len(like))
+
+    return like(like, like.element), codegen
+
+
+@intrinsic
+def repeated(typingctx, like, row):  # type: ignore[no-untyped-def]
+    """A tile shaped as ``like``, every row the same."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _pack(builder, like, _unpack(builder, args[1]) * like.rows)
+
+    return like(like, row), codegen
+
+
+@intrinsic
+def row(typingctx, tile, index):  # type: ignore[no-untyped-def]
+    """One row of a tile."""
+    one = Tile(tile.element, 1, tile.cols)
+    first = _literal(index) * tile.cols
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _pack(builder, one, _unpack(builder, args[0])[first : first + tile.cols])
+
+    return one(tile, index), codegen
+
+
+@intrinsic
+def rows(typingctx, tile):  # type: ignore[no-untyped-def]
+    """The number of rows, a constant."""
+    return types.intp(tile), lambda context, builder, sig, args: _i64(tile.rows)
+
+
+@intrinsic
+def lanes(typingctx, tile):  # type: ignore[no-untyped-def]
+    """The number of elements in one register, a constant."""
+    return types.intp(tile), lambda context, builder, sig, args: _i64(tile.lanes)
+
+
+@intrinsic
+def width(typingctx, tile):  # type: ignore[no-untyped-def]
+    """The number of elements in one row, a constant."""
+    return types.intp(tile), lambda context, builder, sig, args: _i64(tile.cols * tile.lanes)
+
+
+@intrinsic
+def load(typingctx, like, pointer, row_step):  # type: ignore[no-untyped-def]
+    """A tile shaped as ``like`` from rows that lie ``row_step`` elements apart."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        _, base, step = args
+        vectors = []
+        for row in range(like.rows):
+            for col in range(like.cols):
+                index = builder.add(builder.mul(step, _i64(row)), _i64(col * like.lanes))
+                # Without align LLVM assumes the whole vector's, and faults on NumPy's memory.
+                at = _vector_at(builder, base, index, like)
+                vectors.append(builder.load(at, align=like.itemsize))
+        return _pack(builder, like, vectors)
+
+    return like(like, pointer, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, pointer, row_step, tile):  # type: ignore[no-untyped-def]
+    """Write a tile to rows that lie ``row_step`` elements apart."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        base, step, value = args
+        for n, vector in enumerate(_unpack(builder, value)):
+            row, col = divmod(n, tile.cols)
+            index = builder.add(builder.mul(step, _i64(row)), _i64(col * tile.lanes))
+            builder.store(vector, _vector_at(builder, base, index, tile), align=tile.itemsize)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, tile), codegen
+
+
+# ---------------------------------------------------------------------------
+# Arithmetic, lane by lane
+# ---------------------------------------------------------------------------
+
+_Emit = Callable[..., ir.Value]
+
+
+def _lanewise(builder: ir.IRBuilder, tile: Tile, emit: _Emit, *tiles: ir.Value) -> ir.Value:
+    vectors = zip(*(_unpack(builder, each) for each in tiles), strict=True)
+    return _pack(builder, tile, [emit(builder, *each) for each in vectors])
+
+
+def _overload_operator(function: Any, emit: _Emit) -> None:
+    @infer_global(function)
+    class _Template(AbstractTemplate):
+        def generic(self, args: tuple, kws: dict) -> Any:
+            if len(args) == 2 and isinstance(args[0], Tile) and args[0] == args[1]:
+                return signature(args[0], *args)
+            return None
+
+    @lower_builtin(function, Tile, Tile)
+    def _lower(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _lanewise(builder, sig.return_type, emit, *args)
+
+
+_overload_operator(operator.add, lambda builder, a, b: builder.fadd(a, b))
+_overload_operator(operator.sub, lambda builder, a, b: builder.fsub(a, b))
+_overload_operator(operator.mul, lambda builder, a, b: builder.fmul(a, b))
+_overload_operator(operator.truediv, lambda builder, a, b: builder.fdiv(a, b))
+
+
+@intrinsic
+def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """``a * b + c``, rounded once where the CPU can."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _lanewise(builder, a, _fma, *args)
+
+    return a(a, b, c), codegen
+
+
+def _emit_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    return builder.fadd(a, b)
+
+
+def _emit_maximum(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    # Exactly one MAXPS: its second operand is the result where either is NaN.
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@intrinsic
+def maximum(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """The larger of ``a`` and ``b``; ``b`` where either is NaN."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _lanewise(builder, a, _emit_maximum, *args)
+
+    return a(a, b), codegen
+
+
+def _reduction(emit: _Emit, doc: str) -> Any:
+    @intrinsic
+    def reduce(typingctx, start, tile):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            (result,) = _unpack(builder, args[0])
+            for vector in _unpack(builder, args[1]):
+                result = emit(builder, result, vector)
+            return _pack(builder, start, [result])
+
+        return start(start, tile), codegen
+
+    reduce.__doc__ = doc
+    return reduce
+
+
+# In order, one register after the other: the result does not depend on how rows are grouped.
+add_rows = _reduction(_emit_add, "``start`` plus every row of a tile of one column.")
+maximum_rows = _reduction(_emit_maximum, "The maximum of ``start`` and every row.")
+
+
+@intrinsic
+def where_less(typingctx, a, b, yes, no):  # type: ignore[no-untyped-def]
+    """``yes`` in the lanes where ``a < b``, else ``no``; ``no`` where ``a`` or ``b`` is NaN."""
+
+    def emit(builder, a, b, yes, no):  # type: ignore[no-untyped-def]
+        return builder.select(builder.fcmp_ordered("<", a, b), yes, no)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _lanewise(builder, a, emit, *args)
+
+    return a(a, b, yes, no), codegen
+
+
+@intrinsic
+def exp2(typingctx, x):  # type: ignore[no-untyped-def]
+    """``2**x`` for ``x <= 0``, 0 below the range of normal numbers; NaN stays NaN."""
+    vector = x.vector
+    single = x.element == types.float32
+    mantissa, bias, integer = (23, 127, _i32) if single else (52, 1023, _i64)
+    coefficients = EXP2_COEFFICIENTS["float32" if single else "float64"]
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        # Each step is emitted for all registers before the next one: the registers are independent,
+        # and only a mixture of them hides the latency of a step.
+        xs = _unpack(builder, args[0])
+        # At -bias the power of two below is +0: there and under it everything underflows, -inf too.
+        floor = _constant(vector, -float(bias))
+        xs = [_emit_maximum(builder, floor, x) for x in xs]
+        # Adding 1.5 * 2**mantissa leaves x rounded to an integer in the low bits of the sum; with
+        # the exponent's bias added as well, those bits shifted up are the power of two itself.
+        magic = _constant(vector, 1.5 * 2.0**mantissa + bias)
+        shifted = [builder.fadd(x, magic) for x in xs]
+        whole = [builder.fsub(each, magic) for each in shifted]
+        fractions = [builder.fsub(x, each) for x, each in zip(xs, whole, strict=True)]
+        results = [_constant(vector, coefficients[-1])] * len(xs)
+        for coefficient in coefficients[-2::-1]:
+            constant = _constant(vector, coefficient)
+            results = [
+                _fma(builder, result, fraction, constant)
+                for result, fraction in zip(results, fractions, strict=True)
+            ]
+        integers = ir.VectorType(integer, vector.count)
+        shift = _constant(integers, mantissa)
+        powers = [
+            builder.bitcast(builder.shl(builder.bitcast(each, integers), shift), vector)
+            for each in shifted
+        ]
+        # A product, not an addition to the exponent: NaN times anything is NaN.
+        return _pack(
+            builder, x, [builder.fmul(r, power) for r, power in zip(results, powers, strict=True)]
+        )
+
+    return x(x), codegen
+
+
+# ---------------------------------------------------------------------------
+# Between lanes and rows
+# ---------------------------------------------------------------------------
+
+
+@intrinsic
+def add_outer(typingctx, acc, a, a_step, b):  # type: ignore[no-untyped-def]
+    """``acc[r, :] + a[r] * b[:]`` for every row ``r``.
+
+    ``a[r]`` is one element, ``a_step`` bytes apart and broadcast to all lanes;
+    ``b`` points to one row. The step of which both products of attention are made.
+    """
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        sums, a_base, step, b_base = args
+        sums = _unpack(builder, sums)
+        b_row = [
+            builder.load(
+                _vector_at(builder, b_base, _i64(col * acc.lanes), acc), align=acc.itemsize
+            )
+            for col in range(acc.cols)
+        ]
+        for row in range(acc.rows):
+            at = _bytes_on(builder, a_base, builder.mul(step, _i64(row)))
+            # The caller's memory may have any alignment.
+            element = _splat(builder, builder.load(at, align=1), acc.vector)
+            for col in range(acc.cols):
+                n = row * acc.cols + col
+                sums[n] = _fma(builder, element, b_row[col], sums[n])
+        return _pack(builder, acc, sums)
+
+    return acc(acc, a, types.intp, b), codegen
+
+
+@intrinsic
+def accumulate(typingctx, acc, rescale, pointer, row_step):  # type: ignore[no-untyped-def]
+    """Rows at ``pointer`` become ``row * rescale + acc``, with one row of factors for all."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        sums, factors, base, step = args
+        factors = _unpack(builder, factors)
+        for n, vector in enumerate(_unpack(builder, sums)):
+            row, col = divmod(n, acc.cols)
+            index = builder.add(builder.mul(step, _i64(row)), _i64(col * acc.lanes))
+            at = _vector_at(builder, base, index, acc)
+            old = builder.load(at, align=acc.itemsize)
+            builder.store(_fma(builder, old, factors[col], vector), at, align=acc.itemsize)
+        return context.get_dummy_value()
+
+    return types.void(acc, rescale, pointer, types.intp), codegen
+
+
+@intrinsic
+def transpose(typingctx, tile):  # type: ignore[no-untyped-def]
+    """Rows become lanes; the tile has one column and as many rows as lanes."""
+    count = tile.lanes
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        vectors = _unpack(builder, args[0])
+        # Swap the off-diagonal blocks of size 2**k, from half the matrix down to single elements.
+        step = count // 2
+        while step:
+            for row in range(count):
+                if row & step:
+                    continue
+                upper, lower = vectors[row], vectors[row + step]
+                left = [j - step + count if j & step else j for j in range(count)]
+                right = [j + count if j & step else j + step for j in range(count)]
+                vectors[row], vectors[row + step] = (
+                    builder.shuffle_vector(
+                        upper, lower, ir.Constant(ir.VectorType(_i32, count), order)
+                    )
+                    for order in (left, right)
+                )
+            step //= 2
+        return _pack(builder, tile, vectors)
+
+    return tile(tile), codegen
+
+
+# ---------------------------------------------------------------------------
+# Single elements in the formats that callers store, Numba's own or not
+# ---------------------------------------------------------------------------
+
+
+def _place(builder: ir.IRBuilder, base: ir.Value, offset: ir.Value, element: ir.Type) -> ir.Value:
+    at = builder.gep(builder.bitcast(base, _i8.as_pointer()), [offset])
+    return builder.bitcast(at, element.as_pointer())
+
+
+def _reader(result: types.Type, element: ir.Type, widen: _Emit) -> Any:
+    """An intrinsic ``read(base, offset)`` of the element ``offset`` bytes after a pointer."""
+
+    @intrinsic
+    def read(typingctx, base, offset):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            return widen(builder, builder.load(_place(builder, *args, element), align=1))
+
+        return result(base, types.intp), codegen
+
+    return read
+
+
+def _writer(result: types.Type, element: ir.Type, narrow: _Emit) -> Any:
+    """An intrinsic ``write(base, offset, value)``, the counterpart of ``_reader``."""
+
+    @intrinsic
+    def write(typingctx, base, offset, value):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            at = _place(builder, args[0], args[1], element)
+            builder.store(narrow(builder, args[2]), at, align=1)
+            return context.get_dummy_value()
+
+        return types.void(base, types.intp, result), codegen
+
+    return write
+
+
+def _same(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    return value
+
+
+def _widen_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    return builder.fpext(value, ir.FloatType())
+
+
+def _narrow_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    return builder.fptrunc(value, ir.HalfType())
+
+
+def _widen_bfloat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    # A bfloat16 is the upper half of a float32.
+    return builder.bitcast(builder.shl(builder.zext(value, _i32), _i32(16)), ir.FloatType())
+
+
+def _narrow_bfloat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    # To nearest even; the addition would carry a NaN's payload into an Inf.
+    bits = builder.bitcast(value, _i32)
+    odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
+    rounded = builder.add(bits, builder.add(odd, _i32(0x7FFF)))
+    nan = builder.fcmp_unordered("uno", value, value)
+    chosen = builder.select(nan, builder.or_(bits, _i32(0x400000)), rounded)
+    return builder.trunc(builder.lshr(chosen, _i32(16)), _i16)
+
+
+def _widen_bool(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    # What a mask adds to a score.
+    single = ir.FloatType()
+    false = builder.icmp_unsigned("==", value, _i8(0))
+    return builder.select(false, single(float("-inf")), single(0.0))
+
+
+read_float32 = _reader(types.float32, ir.FloatType(), _same)
+read_float64 = _reader(types.float64, ir.DoubleType(), _same)
+read_half = _reader(types.float32, ir.HalfType(), _widen_half)
+read_bfloat = _reader(types.float32, _i16, _widen_bfloat)
+read_bool = _reader(types.float32, _i8, _widen_bool)
+write_float32 = _writer(types.float32, ir.FloatType(), _same)
+write_float64 = _writer(types.float64, ir.DoubleType(), _same)
+write_half = _writer(types.float32, ir.HalfType(), _narrow_half)
+write_bfloat = _writer(types.float32, _i16, _narrow_bfloat)
+
+
+# ---------------------------------------------------------------------------
+# Sharing work between threads
+# ---------------------------------------------------------------------------
+
+
+@intrinsic
+def take_ticket(typingctx, counter):  # type: ignore[no-untyped-def]
+    """Add 1 to the counter in one indivisible step and return what it held before."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", args[0], _i64(1), "monotonic")
+
+    return types.int64(counter), codegen

@@ -1,0 +1,123 @@
+"""The online softmax: what is known of every row after some of its keys.
+
+The state of a row is ``(m, l, acc)``: the largest score so far, the sum of
+``2**(s - m)``, and the sum of ``2**(s - m) V``. Scores are in units of log 2: the
+query is multiplied with ``scale * log2(e)`` when it is packed. See Milakov &
+Gimelshein, Online normalizer calculation for softmax (2018), section 3, and
+Rabe & Staats (2021), section 2.
+
+Edge cases:
+
+* No visible key yet: ``m`` is -inf. ``s - m`` would be NaN, so 0 stands in for m; every
+  score is -inf too and becomes exactly 0, the factor for what came before likewise.
+* NaN: it may be lost in ``m``, but not in ``l`` and ``acc``: the row becomes NaN.
+* +inf: ``inf - inf`` is NaN for that key, as in the textbook form.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+
+from .compile import routine
+from .simd import (
+    add_rows,
+    column,
+    exp2,
+    fma,
+    hidden,
+    lanes,
+    load,
+    lowest,
+    maximum,
+    maximum_rows,
+    on,
+    ones,
+    repeated,
+    rows,
+    splat,
+    stack,
+    store,
+    where_less,
+    width,
+    zeros,
+)
+
+
+class Softmax(NamedTuple):
+    """The routines for one shape of tile."""
+
+    start: Any
+    update: Any
+    finish: Any
+
+
+@cache
+def online_softmax(element: types.Float, cols: int) -> Softmax:
+    """Compile the state's steps for tiles of ``cols`` registers of queries."""
+    zero = np.dtype(str(element)).type(0)
+    pointer = types.CPointer(element)
+
+    @routine(types.void(pointer, pointer, types.intp, pointer), element, cols)
+    def start(row_max, row_sum, head_dim_v, o):
+        """The state before any key."""
+        like = splat(zero, cols)
+        store(row_max, 0, hidden(like))
+        store(row_sum, 0, zeros(like))
+        for f in range(head_dim_v):
+            store(on(o, f * width(like)), 0, zeros(like))
+
+    @routine(types.void(pointer, types.intp, pointer, pointer, pointer), element, cols)
+    def update(s, keys, row_max, row_sum, rescale):
+        """Take ``keys`` rows of S^T into the state; P^T takes their place.
+
+        ``rescale`` receives the factor for what was summed before. One register of
+        queries at a time: the constants of exp2 fill the others.
+        """
+        like = splat(zero, cols)
+        one = column(like)
+        many = stack(one)
+        queries = width(like)
+        height = rows(many)
+        whole = keys - keys % height
+        for x in range(0, queries, lanes(like)):
+            s_x = on(s, x)
+            old = load(one, on(row_max, x), 0)
+            new = old
+            for j in range(0, whole, height):
+                new = maximum_rows(new, load(many, on(s_x, j * queries), queries))
+            for j in range(whole, keys):
+                new = maximum(new, load(one, on(s_x, j * queries), 0))
+            store(on(row_max, x), 0, new)
+
+            new = where_less(new, lowest(one), zeros(one), new)
+            factor = exp2(old - new)
+            store(on(rescale, x), 0, factor)
+            new_many = repeated(many, new)
+            total = zeros(one)
+            for j in range(0, whole, height):
+                at = on(s_x, j * queries)
+                p = exp2(load(many, at, queries) - new_many)
+                total = add_rows(total, p)
+                store(at, queries, p)
+            for j in range(whole, keys):
+                at = on(s_x, j * queries)
+                p_rest = exp2(load(one, at, 0) - new)
+                total = total + p_rest
+                store(at, 0, p_rest)
+            store(on(row_sum, x), 0, fma(load(one, on(row_sum, x), 0), factor, total))
+
+    @routine(types.void(pointer, types.intp, pointer), element, cols)
+    def finish(row_sum, head_dim_v, o):
+        """Divide by the sums: O^T is the result. 0 / 1 for a row that saw nothing."""
+        like = splat(zero, cols)
+        total = load(like, row_sum, 0)
+        divisor = where_less(zeros(like), total, total, ones(like))
+        for f in range(head_dim_v):
+            at = on(o, f * width(like))
+            store(at, 0, load(like, at, 0) / divisor)
+
+    return Softmax(start, update, finish)

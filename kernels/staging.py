@@ -1,0 +1,134 @@
+"""Between the caller's memory and scratch: the only place that knows storage formats.
+
+Scratch rows hold the accumulation type and are a whole number of registers long, so
+that the products and the softmax have neither formats nor tails to care about.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+
+from .compile import glue, routine
+from .simd import (
+    lanes,
+    load,
+    on,
+    read_bfloat,
+    read_bool,
+    read_float32,
+    read_float64,
+    read_half,
+    splat,
+    square,
+    store,
+    transpose,
+    write_bfloat,
+    write_float32,
+    write_float64,
+    write_half,
+)
+
+# Storage formats. A bool is read as what a mask adds to a score: 0 where True, -inf where False.
+FLOAT32, FLOAT64, HALF, BFLOAT, BOOL = range(5)
+ABSENT = -1
+
+_bytes = types.CPointer(types.uint8)
+_int = types.intp
+
+
+def _row_reader(read: Any, itemsize: int) -> Any:
+    @glue
+    def read_elements(target, source, step, count):
+        # With a step known when compiling, LLVM reads and converts whole registers.
+        if step == itemsize:
+            for n in range(count):
+                target[n] = read(source, n * itemsize)
+        else:
+            for n in range(count):
+                target[n] = read(source, n * step)
+
+    return read_elements
+
+
+def _row_writer(write: Any, itemsize: int) -> Any:
+    @glue
+    def write_elements(target, step, source, count):
+        if step == itemsize:
+            for n in range(count):
+                write(target, n * itemsize, source[n])
+        else:
+            for n in range(count):
+                write(target, n * step, source[n])
+
+    return write_elements
+
+
+_read_float32 = _row_reader(read_float32, 4)
+_read_float64 = _row_reader(read_float64, 8)
+_read_half = _row_reader(read_half, 2)
+_read_bfloat = _row_reader(read_bfloat, 2)
+_read_bool = _row_reader(read_bool, 1)
+_write_float32 = _row_writer(write_float32, 4)
+_write_float64 = _row_writer(write_float64, 8)
+_write_half = _row_writer(write_half, 2)
+_write_bfloat = _row_writer(write_bfloat, 2)
+
+
+class Staging(NamedTuple):
+    """The routines for one accumulation type."""
+
+    read_row: Any
+    write_row: Any
+    transpose_rows: Any
+
+
+@cache
+def staging(element: types.Float) -> Staging:
+    """Compile the ways in and out of scratch."""
+    zero = np.dtype(str(element)).type(0)
+    pointer = types.CPointer(element)
+
+    @routine(types.void(pointer, _bytes, _int, _int, _int), element)
+    def read_row(target, source, step, count, storage):
+        """``target[n] = source[n]``, elements ``step`` bytes apart, converted from ``storage``."""
+        if storage == FLOAT32:
+            _read_float32(target, source, step, count)
+        elif storage == FLOAT64:
+            _read_float64(target, source, step, count)
+        elif storage == HALF:
+            _read_half(target, source, step, count)
+        elif storage == BFLOAT:
+            _read_bfloat(target, source, step, count)
+        else:
+            _read_bool(target, source, step, count)
+
+    @routine(types.void(_bytes, _int, pointer, _int, _int), element)
+    def write_row(target, step, source, count, storage):
+        """``target[n] = source[n]``, elements ``step`` bytes apart, rounded to ``storage``."""
+        if storage == FLOAT32:
+            _write_float32(target, step, source, count)
+        elif storage == FLOAT64:
+            _write_float64(target, step, source, count)
+        elif storage == HALF:
+            _write_half(target, step, source, count)
+        else:
+            _write_bfloat(target, step, source, count)
+
+    @routine(types.void(pointer, _int, pointer, _int, _int, _int), element)
+    def transpose_rows(target, target_step, source, source_step, count, length):
+        """``target[n, m] = source[m, n]`` for ``m < count`` and ``n < length``, in scratch.
+
+        Goes by squares of registers: both must be padded to whole registers.
+        """
+        block = square(splat(zero, 1))
+        size = lanes(block)
+        for m in range(0, count, size):
+            for n in range(0, length, size):
+                tile = load(block, on(source, m * source_step + n), source_step)
+                store(on(target, n * target_step + m), target_step, transpose(tile))
+
+    return Staging(read_row, write_row, transpose_rows)

@@ -1,0 +1,159 @@
+"""The two products of attention on one tile: scores and weighted sum.
+
+SIMD lanes are queries. With K and V as the caller has them, one element of K or V at
+a time is broadcast and multiplied with one row of queries::
+
+    Q^T, packed once            K, in place                 S^T
+    d=0 | q0 q1 ... |           key 0 | k0 k1 k2 ... |      key 0 | s s s ... |
+    d=1 | q0 q1 ... |     x     key 1 | k0 k1 k2 ... |  =   key 1 | s s s ... |
+    ...                         ...                         ...     lanes = queries
+
+    P^T                         V, in place                 O^T
+    key 0 | p p p ... |         key 0 | v0 v1 v2 ... |      f=0 | o o o ... |
+    key 1 | p p p ... |   x     key 1 | v0 v1 v2 ... |  =   f=1 | o o o ... |
+    ...                         ...                         ...     lanes = queries
+
+Both are the same step, ``add_outer``, in another order: rows of the accumulators are
+keys in the first and features in the second product. Sums run over d and over keys one
+after the other for every lane, whatever the tile's shape: bits do not depend on it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+
+from .compile import routine
+from .simd import (
+    accumulate,
+    accumulators,
+    add_outer,
+    bytes_on,
+    filled,
+    fma,
+    itemsize,
+    load,
+    lowest,
+    on,
+    rows,
+    splat,
+    store,
+    where_less,
+    width,
+    zeros,
+)
+
+_int = types.intp
+
+
+class Tiles(NamedTuple):
+    """The routines for one shape of tile."""
+
+    scores: Any
+    values: Any
+    values_seen: Any
+    copy: Any
+
+
+@cache
+def tiles(element: types.Float, cols: int) -> Tiles:
+    """Compile the products for tiles of ``cols`` registers of queries."""
+    zero = np.dtype(str(element)).type(0)
+    pointer = types.CPointer(element)
+
+    @routine(types.void(pointer, _int, _int, pointer, _int, pointer), element, cols)
+    def scores(k, k_step, keys, q, head_dim, s):
+        """``S^T[j, :] = sum_d K[j, d] Q^T[d, :]`` for ``keys`` rows of K, ``k_step`` bytes apart."""
+        like = splat(zero, cols)
+        queries = width(like)
+        nothing = accumulators(like)
+        height = rows(nothing)
+        whole = keys - keys % height
+        for j in range(0, whole, height):
+            acc = nothing
+            k_row = bytes_on(k, j * k_step)
+            for d in range(head_dim):
+                acc = add_outer(acc, on(k_row, d), k_step, on(q, d * queries))
+            store(on(s, j * queries), queries, acc)
+        for j in range(whole, keys):
+            rest = zeros(like)
+            k_row = bytes_on(k, j * k_step)
+            for d in range(head_dim):
+                rest = add_outer(rest, on(k_row, d), k_step, on(q, d * queries))
+            store(on(s, j * queries), queries, rest)
+
+    @routine(types.void(pointer, _int, _int, pointer, pointer, _int, pointer), element, cols)
+    def values(v, v_step, keys, p, rescale, head_dim_v, o):
+        """``O^T[f, :] = O^T[f, :] * rescale + sum_j V[j, f] P^T[j, :]``.
+
+        Each block is summed from zero and added once: the error grows with the number of
+        blocks, not with the number of keys.
+        """
+        like = splat(zero, cols)
+        queries = width(like)
+        factor = load(like, rescale, 0)
+        nothing = accumulators(like)
+        height = rows(nothing)
+        whole = head_dim_v - head_dim_v % height
+        for f in range(0, whole, height):
+            acc = nothing
+            for j in range(keys):
+                acc = add_outer(acc, bytes_on(on(v, f), j * v_step), itemsize(v), on(p, j * queries))
+            accumulate(acc, factor, on(o, f * queries), queries)
+        for f in range(whole, head_dim_v):
+            rest = zeros(like)
+            for j in range(keys):
+                v_row = bytes_on(on(v, f), j * v_step)
+                rest = add_outer(rest, v_row, itemsize(v), on(p, j * queries))
+            accumulate(rest, factor, on(o, f * queries), queries)
+
+    @routine(
+        types.void(pointer, _int, _int, pointer, pointer, pointer, _int, pointer), element, cols
+    )
+    def values_seen(v, v_step, keys, s, p, rescale, head_dim_v, o):
+        """``values`` that does not touch V where the score ``s`` hides the key.
+
+        For blocks in which V holds NaN or Inf and some queries must not see it: there a
+        product with zero is not zero.
+        """
+        like = splat(zero, cols)
+        queries = width(like)
+        factor = load(like, rescale, 0)
+        for f in range(head_dim_v):
+            acc = zeros(like)
+            for j in range(keys):
+                v_row = bytes_on(v, j * v_step)
+                more = fma(filled(like, v_row[f]), load(like, on(p, j * queries), 0), acc)
+                acc = where_less(load(like, on(s, j * queries), 0), lowest(like), acc, more)
+            accumulate(acc, factor, on(o, f * queries), queries)
+
+    @routine(types.void(pointer, _int, pointer), element, cols)
+    def copy(s, keys, target):
+        """A second copy of S^T."""
+        like = splat(zero, cols)
+        queries = width(like)
+        for j in range(keys):
+            store(on(target, j * queries), 0, load(like, on(s, j * queries), 0))
+
+    return Tiles(scores, values, values_seen, copy)
+
+
+@cache
+def nonfinite(element: types.Float) -> Any:
+    """Compile the test that lets a hidden NaN in V be noticed."""
+
+    @routine(_int(types.CPointer(element), _int, _int, _int), element)
+    def count_nonfinite(v, v_step, keys, head_dim_v):
+        """How many elements of ``keys`` rows of V are NaN or Inf."""
+        strange = 0
+        for j in range(keys):
+            v_row = bytes_on(v, j * v_step)
+            for f in range(head_dim_v):
+                # The comparison is false for NaN. A sum of booleans is what LLVM vectorises.
+                strange += not abs(v_row[f]) < np.inf
+        return strange
+
+    return count_nonfinite

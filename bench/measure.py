@@ -28,6 +28,7 @@ from fastattn import reference
 
 from .cases import Case, Inputs, make_inputs
 from .limits import multiply_adds
+from .machine import THREADS
 from .providers import FASTATTN, NAIVE, PEERS, Prepared
 
 # A sample is as many calls as fill this time: less would measure the clock and the scheduler.
@@ -121,27 +122,35 @@ def tolerance(case: Case, naive_error: float, expected: np.ndarray, times: float
 
 @dataclass
 class Contender:
-    """Something whose time is taken, and the seconds that one call took in each round."""
+    """Something whose time is taken.
+
+    For each round, `seconds` has what one call took, and `cores` the share of all cores that
+    this process had meanwhile.
+    """
 
     name: str
     prepared: Prepared
     calls: int = 1
     seconds: list[float] = field(default_factory=list)
+    cores: list[float] = field(default_factory=list)
 
-    def calibrate(self) -> None:
-        """Find out how many calls fill a sample."""
+    def calibrate(self) -> float:
+        """Find out how many calls fill a sample; return the seconds that they take."""
         self.calls = 1
         while (elapsed := self._elapsed()) < SAMPLE_SECONDS:
             self.calls = math.ceil(self.calls * min(10.0, 1.2 * SAMPLE_SECONDS / elapsed))
+        return elapsed
 
-    def sample(self) -> float:
-        """Take a sample and return the seconds of one call."""
+    def sample(self) -> None:
+        """Take a sample."""
         time.sleep(SETTLE_SECONDS)
         if self.calls > 1:
             # Wakes this library's workers and brings its code and data back into the caches.
             self.prepared.run()
-        self.seconds.append(self._elapsed() / self.calls)
-        return self.seconds[-1]
+        used = time.process_time()
+        elapsed = self._elapsed()
+        self.cores.append((time.process_time() - used) / (elapsed * THREADS))
+        self.seconds.append(elapsed / self.calls)
 
     @property
     def median(self) -> float:
@@ -188,14 +197,12 @@ class Measurement:
             plain = FASTATTN.prepare(make_inputs(case.plain))
             plain.run()
             self._enter(PLAIN, plain)
-        if not case.is_small:
-            self.peak = multiply_adds("float64" if case.dtype == "float64" else "float32")
-            self.contenders[PEAK] = Contender(PEAK, Prepared(self.peak.run))
+        # 16-bit types are computed in float32.
+        self.peak = multiply_adds("float64" if case.dtype == "float64" else "float32")
+        self.contenders[PEAK] = Contender(PEAK, Prepared(self.peak.run))
         seconds_per_round = 0.0
         for contender in self.contenders.values():
-            contender.calibrate()
-            contender.sample()
-            seconds_per_round += contender.seconds.pop() * contender.calls + SETTLE_SECONDS
+            seconds_per_round += contender.calibrate() + SETTLE_SECONDS
         self.rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(CASE_SECONDS / seconds_per_round)))
 
     def take_round(self) -> float:
@@ -216,11 +223,11 @@ class Measurement:
         ]
         best = min(rivals, key=lambda each: each.median)
         speed_over = {each.name: _ratio(each.seconds, own.seconds) for each in rivals}
+        peak = self.contenders[PEAK]
         peak_share = {}
-        if PEAK in self.contenders:
+        if not case.is_small:
             peak_share = {
-                each.name: _ratio(self.contenders[PEAK].seconds, each.seconds)
-                * (flops / self.peak.amount)
+                each.name: _ratio(peak.seconds, each.seconds) * flops / self.peak.amount
                 for each in (own, *rivals)
             }
         time_of_plain = None
@@ -236,7 +243,9 @@ class Measurement:
             "seconds": {name: each.median for name, each in self.contenders.items()},
             "spread": {name: each.spread for name, each in self.contenders.items()},
             "samples": {name: each.seconds for name, each in self.contenders.items()},
-            "fma_peak": self.peak.amount / self.contenders[PEAK].median if peak_share else None,
+            # While only multiply-adds run, every core is ours, unless somebody else wants it.
+            "cores": statistics.median(peak.cores),
+            "fma_peak": self.peak.amount / peak.median,
             "peak_share": peak_share,
             "speed_over": speed_over,
             "best_peer": best.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -28,7 +27,6 @@ Causal = bool | Literal["bottom_right", "top_left"]
 Layout = Literal["bhld", "blhd"]
 Stage = Literal["scores", "softcapped", "biased", "probabilities"]
 
-_LOG2_E = math.log2(math.e)
 
 
 @overload
@@ -475,7 +473,7 @@ def _run(problem: Problem) -> None:
         problem.positions,
         UNBOUNDED,
         problem.right,
-        problem.scale * _LOG2_E,
+        problem.scale,
         tiles,
     )
     if workers == 1:

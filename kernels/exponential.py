@@ -1,36 +1,63 @@
-"""Coefficients of the polynomials for ``2**x`` on [-1/2, 1/2], lowest power first.
+"""Constants of the exponential, by accumulation type.
 
-Minimax polynomials for the relative error, found with Remez' exchange algorithm
-(Muller, Elementary Functions, 3rd ed., section 3.5) in 60 digits, then rounded. The
-degree is the smallest whose error disappears behind the rounding of the evaluation:
-1.9e-9 at degree 6 for float32 (half a unit in the last place is 6.0e-8), 3.1e-18 at
-degree 11 for float64 (1.1e-16). ``tests/test_numerics.py`` measures the result.
+``exp(x) = 2**n exp(f)`` with ``n = round(x log2(e))`` and ``f = x - n log(2)`` in
+[-log(2)/2, log(2)/2] (Muller, Elementary Functions, 3rd ed., section 11.1). For ``exp(f)``
+a minimax polynomial for the relative error, found with Remez' exchange algorithm
+(section 3.5 there) in 60 digits, then rounded. Its degree is the smallest whose error
+disappears behind the rounding of the evaluation: 1.9e-9 at degree 6 for float32 (half a
+unit in the last place is 6.0e-8), 3.1e-18 at degree 11 for float64 (1.1e-16).
+``tests/test_numerics.py`` measures the result.
 """
 
 from __future__ import annotations
 
-EXP2_COEFFICIENTS: dict[str, tuple[float, ...]] = {
-    "float32": (
-        1.0000000005541662993,
-        0.69314720573725267536,
-        0.24022646890639572134,
-        0.055503287769976637639,
-        0.0096184889565227915705,
-        0.0013399931209474140493,
-        0.00015345812158740182477,
+from typing import NamedTuple
+
+
+class Exponential(NamedTuple):
+    """What one type's exponential is made of."""
+
+    mantissa_bits: int
+    exponent_bias: int
+    # log(2) as a sum: the first is what the type holds, the second what that misses. The product of
+    # n with the first is exact inside a fused multiply-add; the second is needed where what is
+    # missed, times n, shows in the result.
+    log_2: tuple[float, ...]
+    coefficients: tuple[float, ...]  # lowest power first
+
+
+EXPONENTIALS: dict[str, Exponential] = {
+    "float32": Exponential(
+        23,
+        127,
+        (0.6931471805599453,),
+        (
+            1.0000000005541662993,
+            1.0000000363231764798,
+            0.49999992079828018839,
+            0.16666420169946366933,
+            0.041668225566922837587,
+            0.0083748157983017933253,
+            0.0013836846134577056382,
+        ),
     ),
-    "float64": (
-        0.9999999999999999971,
-        0.69314718055994533046,
-        0.24022650695910156205,
-        0.055504108664819921483,
-        0.0096181291075883350833,
-        0.0013333558146789950323,
-        0.00015403530462514613026,
-        0.0000152527334899608046,
-        1.3215433089594629037e-6,
-        1.0178198033328527662e-7,
-        7.0741056262456593708e-9,
-        4.4352809446103361611e-10,
+    "float64": Exponential(
+        52,
+        1023,
+        (0.6931471805599453, 2.3190468138462996e-17),
+        (
+            0.9999999999999999971,
+            1.0000000000000000304,
+            0.50000000000000176856,
+            0.16666666666666168664,
+            0.041666666666492767295,
+            0.0083333333335592713357,
+            0.0013888888951223988291,
+            0.00019841269432679236866,
+            0.000024801486521427463949,
+            2.7557622530872254657e-6,
+            2.7632293279459875375e-7,
+            2.4994304884817207301e-8,
+        ),
     ),
 }

@@ -32,7 +32,7 @@ def _set_term(operand, term):
 
 @glue
 def _fill(
-    q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, factor, tiles,
+    q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale, tiles,
     problems, counter,
 ):
     problem = problems[0]
@@ -58,21 +58,21 @@ def _fill(
     problem.left = left
     problem.right = right
     problem.tiles = tiles
-    problem.factor = factor
+    problem.scale = scale
     counter[0] = 0
     problem.counter = address(data(counter))
 
 
 @entry()
 def run(
-    q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, factor, tiles,
+    q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale, tiles,
     kernel,
 ):
     """Run a kernel on the calling thread."""
     problems = np.empty(1, PROBLEM)
     counter = np.empty(1, np.int64)
     _fill(
-        q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, factor,
+        q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale,
         tiles, problems, counter,
     )
     call_kernel(kernel, address(data(problems)))
@@ -82,12 +82,12 @@ def run(
 
 @entry()
 def describe(
-    q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, factor, tiles,
+    q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale, tiles,
     problems, counter,
 ):
     """Fill a record for ``launch``; it holds addresses: keep the arrays alive until then."""
     _fill(
-        q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, factor,
+        q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale,
         tiles, problems, counter,
     )
 

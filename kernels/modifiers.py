@@ -1,6 +1,6 @@
 """What may happen to a score tile between the product and the softmax, one function each.
 
-Each goes over the rows of S^T once. Scores are in units of log 2, see ``softmax``.
+Each goes over the rows of S^T once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from numba import types
 
 from .compile import routine
 from .simd import (
-    filled,
-    fma,
     hidden,
     load,
     lowest,
-    maximum,
     on,
     ones,
     splat,
@@ -42,21 +39,18 @@ def modifiers(element: types.Float, cols: int) -> Modifiers:
     zero = np.dtype(str(element)).type(0)
     pointer = types.CPointer(element)
 
-    @routine(types.void(pointer, types.intp, pointer, element), element, cols)
-    def add_bias(s, keys, bias, factor):
-        """``s + bias * factor``; -inf hides the key, whatever its score is.
+    @routine(types.void(pointer, types.intp, pointer), element, cols)
+    def add_bias(s, keys, bias):
+        """``s + bias``; -inf hides the key, whatever its score is.
 
         A mask comes as a bias of 0 and -inf.
         """
         like = splat(zero, cols)
         queries = width(like)
-        factors = filled(like, factor)
         for j in range(keys):
             at = on(s, j * queries)
             term = load(like, on(bias, j * queries), 0)
-            # A finite bias hides nothing, even where the change of units would make it -inf: rows
-            # of the lowest finite number everywhere are how other libraries pad.
-            score = maximum(lowest(like), fma(term, factors, load(like, at, 0)))
+            score = load(like, at, 0) + term
             store(at, 0, where_less(term, lowest(like), hidden(like), score))
 
     @routine(types.void(pointer, types.intp, pointer, pointer), element, cols)

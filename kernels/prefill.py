@@ -3,7 +3,7 @@
 ::
 
     for every (batch, kv head, group of query tiles)        shared between the threads
-        pack the queries, transposed and scaled
+        pack the queries, transposed
         for every block of keys that any of them sees       one after the other
             for every tile that sees one of them
                 scores -> bias, mask -> hide -> softmax -> add the weighted sum
@@ -50,8 +50,6 @@ from .tiles import nonfinite, tiles
 # with the scores. A multiple of every number of lanes.
 BLOCK_KV = 64
 
-_LOG2_E = 1.4426950408889634
-_LN_2 = 0.6931471805599453
 _COLS = HOST.wide[1]
 _BYTE = np.uint8(0)
 _INTEGER = np.int64(0)
@@ -75,7 +73,7 @@ class Item(NamedTuple):
 class QueryTile(NamedTuple):
     """What is kept of one tile of queries from block to block."""
 
-    q: Any  # Q^T, scaled (head_dim, queries)
+    q: Any  # Q^T (head_dim, queries)
     o: Any  # O^T, not yet divided by the sums (head_dim_v, queries)
     row_max: Any
     row_sum: Any
@@ -191,8 +189,6 @@ def _steps(element: types.Float, cols: int) -> _Steps:
             if x < count:
                 source = _row(problem, item, problem.q, item.q, row + x)
                 rows.read_row(packed, source, problem.q.step, problem.head_dim, problem.q.storage)
-                for d in range(problem.head_dim):
-                    packed[d] *= problem.factor
                 position = (row + x) % problem.seqlen_q + item.position
                 if position + problem.right >= 0 and position - problem.left < item.seqlen_kv:
                     first = max(position - problem.left, 0)
@@ -212,7 +208,7 @@ def _steps(element: types.Float, cols: int) -> _Steps:
         softmax.start(tile.row_max, tile.row_sum, problem.head_dim_v, tile.o)
 
     @glue
-    def add_term(problem, item, operand, base, row, count, key, keys, factor, scratch):
+    def add_term(problem, item, operand, base, row, count, key, keys, scratch):
         """Add a mask or bias, read through the caller's strides, to a score tile."""
         for x in range(count):
             source = on(_row(problem, item, operand, base, row + x), key * operand.step)
@@ -220,20 +216,22 @@ def _steps(element: types.Float, cols: int) -> _Steps:
                 on(scratch.rows, x * BLOCK_KV), source, operand.step, keys, operand.storage
             )
         rows.transpose_rows(scratch.term, queries, scratch.rows, BLOCK_KV, queries, keys)
-        modify.add_bias(scratch.s, keys, scratch.term, factor)
+        modify.add_bias(scratch.s, keys, scratch.term)
 
     @glue
     def attend_block(problem, item, row, count, key, keys, k, k_step, v, v_step, tile, scratch):
         """One tile of queries against one block of keys, some of which it sees."""
-        product.scores(k, k_step, keys, tile.q, problem.head_dim, scratch.s)
+        product.scores(
+            k, k_step, keys, tile.q, problem.head_dim, problem.scale, scratch.s
+        )
         some_hidden = False
         bias = problem.bias
         if bias.storage != ABSENT:
-            add_term(problem, item, bias, item.bias, row, count, key, keys, _LOG2_E, scratch)
+            add_term(problem, item, bias, item.bias, row, count, key, keys, scratch)
             some_hidden = True
         mask = problem.mask
         if mask.storage != ABSENT:
-            add_term(problem, item, mask, item.mask, row, count, key, keys, 1.0, scratch)
+            add_term(problem, item, mask, item.mask, row, count, key, keys, scratch)
             some_hidden = True
         if tile.extent[1] > key or tile.extent[2] < key + keys - 1:
             for x in range(queries):
@@ -298,8 +296,7 @@ def _steps(element: types.Float, cols: int) -> _Steps:
             lse = pointer(item.lse, tile.row_max)
             for x in range(count):
                 head, query = _head_and_query(problem, item, row + x)
-                log_sum = math.log(tile.row_sum[x])
-                lse[head * problem.seqlen_q + query] = tile.row_max[x] * _LN_2 + log_sum
+                lse[head * problem.seqlen_q + query] = tile.row_max[x] + math.log(tile.row_sum[x])
 
     return _Steps(begin, attend_block, finish)
 

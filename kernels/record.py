@@ -48,7 +48,7 @@ PROBLEM = np.dtype(
             "counter",  # address of the number of the next work item
         )
     ]
-    + [("factor", np.float64)]  # scale * log2(e)
+    + [("scale", np.float64)]
 )
 
 problem_at = record_type(PROBLEM)

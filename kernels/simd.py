@@ -27,7 +27,7 @@ from numba.extending import intrinsic as _intrinsic
 from numba.extending import models, register_model
 from numba.np.numpy_support import from_dtype
 
-from .exponential import EXP2_COEFFICIENTS
+from .exponential import EXPONENTIALS
 from .host import HOST
 
 intrinsic = _intrinsic(prefer_literal=True)
@@ -270,7 +270,7 @@ accumulators = _constant_tile(
 )
 column = _constant_tile(_shaped(None, 1), lambda _: 0.0, "Zeros, the first column of ``like``.")
 stack = _constant_tile(
-    _shaped(HOST.exp_rows, 1), lambda _: 0.0, "Zeros: as many registers as one exp2 mixes."
+    _shaped(HOST.exp_rows, 1), lambda _: 0.0, "Zeros: as many registers as one exp mixes."
 )
 square = _constant_tile(
     lambda like: Tile(like.element, lanes_of(like.element), 1),
@@ -467,34 +467,38 @@ def where_less(typingctx, a, b, yes, no):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def exp2(typingctx, x):  # type: ignore[no-untyped-def]
-    """``2**x`` for ``x <= 0``, 0 below the range of normal numbers; NaN stays NaN."""
+def exp(typingctx, x):  # type: ignore[no-untyped-def]
+    """``exp(x)`` for ``x <= 0``, 0 below the range of normal numbers; NaN stays NaN."""
     vector = x.vector
-    single = x.element == types.float32
-    mantissa, bias, integer = (23, 127, _i32) if single else (52, 1023, _i64)
-    coefficients = EXP2_COEFFICIENTS["float32" if single else "float64"]
+    constants = EXPONENTIALS[str(x.element)]
+    bias, mantissa = constants.exponent_bias, constants.mantissa_bits
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         # Each step is emitted for all registers before the next one: the registers are independent,
         # and only a mixture of them hides the latency of a step.
+        def multiply_add(tiles: list, factor: float | list, terms: list) -> list:
+            factors = factor if isinstance(factor, list) else [_constant(vector, factor)] * len(tiles)
+            return [_fma(builder, *each) for each in zip(tiles, factors, terms, strict=True)]
+
         xs = _unpack(builder, args[0])
-        # At -bias the power of two below is +0: there and under it everything underflows, -inf too.
-        floor = _constant(vector, -float(bias))
-        xs = [_emit_maximum(builder, floor, x) for x in xs]
-        # Adding 1.5 * 2**mantissa leaves x rounded to an integer in the low bits of the sum; with
-        # the exponent's bias added as well, those bits shifted up are the power of two itself.
+        count = len(xs)
+        # At -bias * log(2) the power of two below is +0: from there on everything underflows to
+        # zero, -inf too.
+        floor = _constant(vector, -bias * math.log(2))
+        xs = [_emit_maximum(builder, floor, each) for each in xs]
+        # Adding 1.5 * 2**mantissa leaves n = round(x log2(e)) in the low bits of the sum; with the
+        # exponent's bias added as well, those bits shifted up are 2**n itself.
         magic = _constant(vector, 1.5 * 2.0**mantissa + bias)
-        shifted = [builder.fadd(x, magic) for x in xs]
-        whole = [builder.fsub(each, magic) for each in shifted]
-        fractions = [builder.fsub(x, each) for x, each in zip(xs, whole, strict=True)]
-        results = [_constant(vector, coefficients[-1])] * len(xs)
-        for coefficient in coefficients[-2::-1]:
-            constant = _constant(vector, coefficient)
-            results = [
-                _fma(builder, result, fraction, constant)
-                for result, fraction in zip(results, fractions, strict=True)
-            ]
-        integers = ir.VectorType(integer, vector.count)
+        shifted = multiply_add(xs, math.log2(math.e), [magic] * count)
+        minus_n = [builder.fsub(magic, each) for each in shifted]
+        fractions = xs
+        for part in constants.log_2:
+            fractions = multiply_add(minus_n, part, fractions)
+        results = [_constant(vector, constants.coefficients[-1])] * count
+        for coefficient in constants.coefficients[-2::-1]:
+            term = [_constant(vector, coefficient)] * count
+            results = multiply_add(results, fractions, term)
+        integers = ir.VectorType(_i32 if mantissa == 23 else _i64, vector.count)
         shift = _constant(integers, mantissa)
         powers = [
             builder.bitcast(builder.shl(builder.bitcast(each, integers), shift), vector)
@@ -502,7 +506,7 @@ def exp2(typingctx, x):  # type: ignore[no-untyped-def]
         ]
         # A product, not an addition to the exponent: NaN times anything is NaN.
         return _pack(
-            builder, x, [builder.fmul(r, power) for r, power in zip(results, powers, strict=True)]
+            builder, x, [builder.fmul(*each) for each in zip(results, powers, strict=True)]
         )
 
     return x(x), codegen

@@ -1,8 +1,7 @@
 """The online softmax: what is known of every row after some of its keys.
 
 The state of a row is ``(m, l, acc)``: the largest score so far, the sum of
-``2**(s - m)``, and the sum of ``2**(s - m) V``. Scores are in units of log 2: the
-query is multiplied with ``scale * log2(e)`` when it is packed. See Milakov &
+``exp(s - m)``, and the sum of ``exp(s - m) V``. See Milakov &
 Gimelshein, Online normalizer calculation for softmax (2018), section 3, and
 Rabe & Staats (2021), section 2.
 
@@ -26,7 +25,7 @@ from .compile import routine
 from .simd import (
     add_rows,
     column,
-    exp2,
+    exp,
     fma,
     hidden,
     lanes,
@@ -75,7 +74,7 @@ def online_softmax(element: types.Float, cols: int) -> Softmax:
         """Take ``keys`` rows of S^T into the state; P^T takes their place.
 
         ``rescale`` receives the factor for what was summed before. One register of
-        queries at a time: the constants of exp2 fill the others.
+        queries at a time: the constants of exp fill the others.
         """
         like = splat(zero, cols)
         one = column(like)
@@ -94,18 +93,18 @@ def online_softmax(element: types.Float, cols: int) -> Softmax:
             store(on(row_max, x), 0, new)
 
             new = where_less(new, lowest(one), zeros(one), new)
-            factor = exp2(old - new)
+            factor = exp(old - new)
             store(on(rescale, x), 0, factor)
             new_many = repeated(many, new)
             total = zeros(one)
             for j in range(0, whole, height):
                 at = on(s_x, j * queries)
-                p = exp2(load(many, at, queries) - new_many)
+                p = exp(load(many, at, queries) - new_many)
                 total = add_rows(total, p)
                 store(at, queries, p)
             for j in range(whole, keys):
                 at = on(s_x, j * queries)
-                p_rest = exp2(load(one, at, 0) - new)
+                p_rest = exp(load(one, at, 0) - new)
                 total = total + p_rest
                 store(at, 0, p_rest)
             store(on(row_sum, x), 0, fma(load(one, on(row_sum, x), 0), factor, total))

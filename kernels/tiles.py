@@ -14,8 +14,7 @@ a time is broadcast and multiplied with one row of queries::
     ...                         ...                         ...     lanes = queries
 
 Both are the same step, ``add_outer``, in another order: rows of the accumulators are
-keys in the first and features in the second product. Sums run over d and over keys one
-after the other for every lane, whatever the tile's shape: bits do not depend on it.
+keys in the first and features in the second product.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from .simd import (
     load,
     lowest,
     on,
+    ones,
     rows,
     splat,
     store,
@@ -47,6 +47,12 @@ from .simd import (
 )
 
 _int = types.intp
+
+# How many products are summed one after the other before they are added to the rest. The error of a
+# sum grows with the length of its longest run. A matrix product of many queries sums runs of some
+# hundred, one of few queries short ones: neither is to be more accurate than this.
+RUN_WIDE = 32
+RUN_NARROW = 8
 
 
 class Tiles(NamedTuple):
@@ -63,52 +69,69 @@ def tiles(element: types.Float, cols: int) -> Tiles:
     """Compile the products for tiles of ``cols`` registers of queries."""
     zero = np.dtype(str(element)).type(0)
     pointer = types.CPointer(element)
+    run = RUN_NARROW if cols == 1 else RUN_WIDE
 
-    @routine(types.void(pointer, _int, _int, pointer, _int, pointer), element, cols)
-    def scores(k, k_step, keys, q, head_dim, s):
-        """``S^T[j, :] = sum_d K[j, d] Q^T[d, :]`` for ``keys`` rows of K, ``k_step`` bytes apart."""
+    @routine(types.void(pointer, _int, _int, pointer, _int, element, pointer), element, cols)
+    def scores(k, k_step, keys, q, head_dim, factor, s):
+        """``S^T[j, :] = factor * sum_d K[j, d] Q^T[d, :]``, rows of K ``k_step`` bytes apart.
+
+        Scaled after the sum: one rounding, where scaled queries would be one for every product.
+        """
         like = splat(zero, cols)
         queries = width(like)
         nothing = accumulators(like)
         height = rows(nothing)
         whole = keys - keys % height
         for j in range(0, whole, height):
-            acc = nothing
-            k_row = bytes_on(k, j * k_step)
-            for d in range(head_dim):
-                acc = add_outer(acc, on(k_row, d), k_step, on(q, d * queries))
-            store(on(s, j * queries), queries, acc)
+            s_rows = on(s, j * queries)
+            k_rows = bytes_on(k, j * k_step)
+            for start in range(0, head_dim, run):
+                acc = nothing
+                for d in range(start, min(start + run, head_dim)):
+                    acc = add_outer(acc, on(k_rows, d), k_step, on(q, d * queries))
+                if start > 0:
+                    acc = acc + load(acc, s_rows, queries)
+                if start + run < head_dim:
+                    store(s_rows, queries, acc)
+                else:
+                    store(s_rows, queries, acc * filled(acc, factor))
         for j in range(whole, keys):
-            rest = zeros(like)
+            s_row = on(s, j * queries)
             k_row = bytes_on(k, j * k_step)
-            for d in range(head_dim):
-                rest = add_outer(rest, on(k_row, d), k_step, on(q, d * queries))
-            store(on(s, j * queries), queries, rest)
+            rest_total = zeros(like)
+            for start in range(0, head_dim, run):
+                rest = zeros(like)
+                for d in range(start, min(start + run, head_dim)):
+                    rest = add_outer(rest, on(k_row, d), k_step, on(q, d * queries))
+                rest_total = rest + rest_total if start > 0 else rest
+            store(s_row, queries, rest_total * filled(like, factor))
 
     @routine(types.void(pointer, _int, _int, pointer, pointer, _int, pointer), element, cols)
     def values(v, v_step, keys, p, rescale, head_dim_v, o):
         """``O^T[f, :] = O^T[f, :] * rescale + sum_j V[j, f] P^T[j, :]``.
 
-        Each block is summed from zero and added once: the error grows with the number of
-        blocks, not with the number of keys.
+        Runs are summed from zero: the error grows with their number, not with that of the keys.
         """
         like = splat(zero, cols)
         queries = width(like)
-        factor = load(like, rescale, 0)
         nothing = accumulators(like)
         height = rows(nothing)
         whole = head_dim_v - head_dim_v % height
-        for f in range(0, whole, height):
-            acc = nothing
-            for j in range(keys):
-                acc = add_outer(acc, bytes_on(on(v, f), j * v_step), itemsize(v), on(p, j * queries))
-            accumulate(acc, factor, on(o, f * queries), queries)
-        for f in range(whole, head_dim_v):
-            rest = zeros(like)
-            for j in range(keys):
-                v_row = bytes_on(on(v, f), j * v_step)
-                rest = add_outer(rest, v_row, itemsize(v), on(p, j * queries))
-            accumulate(rest, factor, on(o, f * queries), queries)
+        for start in range(0, keys, run):
+            stop = min(start + run, keys)
+            factor = load(like, rescale, 0) if start == 0 else ones(like)
+            for f in range(0, whole, height):
+                acc = nothing
+                for j in range(start, stop):
+                    v_row = bytes_on(on(v, f), j * v_step)
+                    acc = add_outer(acc, v_row, itemsize(v), on(p, j * queries))
+                accumulate(acc, factor, on(o, f * queries), queries)
+            for f in range(whole, head_dim_v):
+                rest = zeros(like)
+                for j in range(start, stop):
+                    v_row = bytes_on(on(v, f), j * v_step)
+                    rest = add_outer(rest, v_row, itemsize(v), on(p, j * queries))
+                accumulate(rest, factor, on(o, f * queries), queries)
 
     @routine(
         types.void(pointer, _int, _int, pointer, pointer, pointer, _int, pointer), element, cols
@@ -121,14 +144,16 @@ def tiles(element: types.Float, cols: int) -> Tiles:
         """
         like = splat(zero, cols)
         queries = width(like)
-        factor = load(like, rescale, 0)
-        for f in range(head_dim_v):
-            acc = zeros(like)
-            for j in range(keys):
-                v_row = bytes_on(v, j * v_step)
-                more = fma(filled(like, v_row[f]), load(like, on(p, j * queries), 0), acc)
-                acc = where_less(load(like, on(s, j * queries), 0), lowest(like), acc, more)
-            accumulate(acc, factor, on(o, f * queries), queries)
+        for start in range(0, keys, run):
+            stop = min(start + run, keys)
+            factor = load(like, rescale, 0) if start == 0 else ones(like)
+            for f in range(head_dim_v):
+                acc = zeros(like)
+                for j in range(start, stop):
+                    v_row = bytes_on(v, j * v_step)
+                    more = fma(filled(like, v_row[f]), load(like, on(p, j * queries), 0), acc)
+                    acc = where_less(load(like, on(s, j * queries), 0), lowest(like), acc, more)
+                accumulate(acc, factor, on(o, f * queries), queries)
 
     @routine(types.void(pointer, _int, pointer), element, cols)
     def copy(s, keys, target):

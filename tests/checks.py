@@ -54,6 +54,7 @@ def naive(
     visible: Array | None = None,
     bias: Array | None = None,
     scale: float | None = None,
+    dot: Callable[[Array, Array], Array] = np.matmul,
 ) -> tuple[Array, Array]:
     """Return (output, lse) by the lines that people write, in the dtype of the inputs.
 
@@ -69,7 +70,7 @@ def naive(
         key, value = np.repeat(key, group_size, axis=-3), np.repeat(value, group_size, axis=-3)
 
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    scores = query @ np.swapaxes(key, -1, -2) * factor
+    scores = dot(query, np.swapaxes(key, -1, -2)) * factor
     if bias is not None:
         scores = scores + bias.astype(wide)
     if visible is not None:
@@ -148,8 +149,9 @@ def naive_in_any_order(
 ) -> list[tuple[Array, Array]]:
     """Return the naive results for the keywords of attention, with its sums in several orders.
 
-    Features and keys come forwards and backwards. One order alone may round luckily in the very
-    sums that the largest error depends on, and another BLAS has another order anyway.
+    Features are summed as BLAS does and one by one, keys forwards and backwards. One order alone
+    may round luckily in the very sums that the largest error depends on, and the next BLAS has
+    another one anyway.
     """
     if swapped := keywords.pop("layout", "bhld") == "blhd":
         query, key, value = (np.swapaxes(x, -3, -2) for x in (query, key, value))
@@ -161,18 +163,28 @@ def naive_in_any_order(
     bias, scale = np.broadcast_to(keywords.get("bias", 0), visible.shape), keywords.get("scale")
 
     results = []
-    for features, keys in itertools.product((slice(None), slice(None, None, -1)), repeat=2):
+    forwards, backwards = slice(None), slice(None, None, -1)
+    for dot, keys in itertools.product((np.matmul, one_by_one), (forwards, backwards)):
         with np.errstate(all="ignore"):  # it divides 0 by 0 for rows that see nothing
             output, lse = naive(
-                query[..., features],
-                key[..., keys, features],
+                query,
+                key[..., keys, :],
                 value[..., keys, :],
                 visible=visible[..., keys],
                 bias=bias[..., keys],
                 scale=scale,
+                dot=dot,
             )
         results.append((np.swapaxes(output, -3, -2) if swapped else output, lse))
     return results
+
+
+def one_by_one(a: Array, b: Array) -> Array:
+    """Return a @ b, every sum taken term by term."""
+    total = a[..., :, :1] * b[..., :1, :]
+    for d in range(1, a.shape[-1]):
+        total += a[..., :, d : d + 1] * b[..., d : d + 1, :]
+    return total
 
 
 def rounding_bound(

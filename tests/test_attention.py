@@ -64,7 +64,7 @@ class TestSizes:
     @pytest.mark.parametrize("seqlen_q", SIZES)
     def test_lengths(self, seqlen_q, causal, rng):
         for seqlen_kv in SIZES:
-            batch = (max(1, 64 // min(seqlen_q, seqlen_kv)),)  # enough rows: see `make_inputs`
+            batch = (max(2, 128 // min(seqlen_q, seqlen_kv)),)  # few rows would be a matter of luck
             inputs = make_inputs(rng, batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
             check(*inputs, causal=causal)
 
@@ -149,11 +149,12 @@ class TestDtypes:
         output = fastattn.attention([[1, 0]], [[1, 0], [0, 1]], [[2], [4]], scale=0)
         assert (output.dtype, output.tolist()) == (np.float64, [[3.0]])
 
-    def test_sixteen_bit_scores_do_not_overflow(self, rng):
+    def test_sixteen_bit_scores_do_not_overflow(self):
         """200 * 200 * 64 is far beyond the largest float16, and so is 1 / 8 of it."""
         query = np.full((1, 64), 200, np.float16)
-        output, lse = check(query, query, query)
-        assert (output[0, 0], lse.item()) == (200.0, 200 * 200 * 64 / 8)
+        output, lse = fastattn.attention(query, query, query, return_lse=True)
+        assert_array_equal(output, query)
+        assert_allclose(lse, 200 * 200 * 64 / 8, rtol=0, atol=score_bound(query, query))
 
     @pytest.mark.parametrize("kind", ["__array__", "__dlpack__"])
     def test_foreign_arrays(self, kind, rng):
@@ -372,7 +373,7 @@ class TestMemory:
     @pytest.mark.parametrize(
         "make",
         [
-            lambda shape, dtype: np.empty(shape, dtype),
+            np.empty,
             lambda shape, dtype: np.empty(shape, dtype, order="F"),
             lambda shape, dtype: np.empty([2 * n for n in shape], dtype)[::2, ::2, ::2, ::2],
             lambda shape, dtype: np.flip(np.empty(shape, dtype)),

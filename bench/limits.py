@@ -32,8 +32,9 @@ from numba.extending import intrinsic
 
 from .machine import THREADS, cpus
 
-# Long enough for the cost of waking the threads not to count.
-MIN_SECONDS = 5e-3
+# Rounds of multiply-adds in a run: some 10 ms, for the cost of waking the threads not to count.
+# A constant, because nothing can be calibrated on a machine that is busy at that moment.
+STEPS = 5_000_000
 
 # Where the operating system does not say how large its last-level cache is: more than most are.
 FALLBACK_CACHE_BYTES = 64 << 20
@@ -140,17 +141,10 @@ def multiply_adds(dtype: str) -> Limit:
     factor = results.dtype.type(0.5)
     _multiply_adds(factor, 1, results)
     lanes = vector_bytes() // results.itemsize
-
-    def limit(steps: int) -> Limit:
-        return Limit(
-            run=lambda: _multiply_adds(factor, steps, results),
-            amount=2.0 * lanes * chains() * steps * THREADS,
-        )
-
-    steps = 1000
-    while min(_timed(limit(steps).run) for _ in range(3)) < MIN_SECONDS:
-        steps *= 2
-    return limit(steps)
+    return Limit(
+        run=lambda: _multiply_adds(factor, STEPS, results),
+        amount=2.0 * lanes * chains() * STEPS * THREADS,
+    )
 
 
 def multiply_add_loop(dtype: str) -> list[str]:

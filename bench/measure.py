@@ -160,6 +160,8 @@ class Contender:
     @property
     def spread(self) -> float:
         """The distance between the quartiles as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
         lower, _, upper = statistics.quantiles(self.seconds, n=4)
         return (upper - lower) / self.median
 

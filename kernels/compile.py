@@ -64,6 +64,11 @@ def glue(function: Callable[..., Any]) -> Any:
     return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_FLAGS)(function)
 
 
+def inline(function: Callable[..., Any]) -> Any:
+    """A few lines that Numba copies into a short caller, instead of compiling them by themselves."""
+    return njit(inline="always", **_FLAGS)(function)
+
+
 def entry(signature: Any = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A function that Python calls; it lets other Python threads run meanwhile."""
 

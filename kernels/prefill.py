@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from .compile import glue, kernel
+from .compile import glue, inline, kernel
 from .host import HOST
 from .modifiers import modifiers
 from .record import problem_at
@@ -44,7 +44,7 @@ from .simd import (
 )
 from .softmax import online_softmax
 from .staging import ABSENT, FLOAT32, FLOAT64, staging
-from .tiles import nonfinite, tiles
+from .tiles import RUN_NARROW, RUN_WIDE, careful_tiles, tiles
 
 # Keys of one block: K and V of 64 keys with a head_dim of 64 fill the first-level cache together
 # with the scores. A multiple of every number of lanes.
@@ -107,16 +107,18 @@ class Scratch(NamedTuple):
 
 
 @glue
-def _entry(problem, operand, index, batch):
+def _entry(problem, base, batch_step, index, batch):
     """Address of one batch entry of an array."""
     if problem.offsets != 0:
         offsets = pointer(problem.offsets, _INTEGER)
-        return operand.base + offsets[index * problem.batches + batch]
-    return operand.base + batch * operand.batch_step
+        return base + offsets[index * problem.batches + batch]
+    return base + batch * batch_step
 
 
-@glue
+@inline
 def _item(problem, kv_head, batch, size):
+    q, k, v, out = problem.q, problem.k, problem.v, problem.out
+    mask, bias = problem.mask, problem.bias
     seqlen_kv = problem.seqlen_kv
     if problem.lengths != 0:
         seqlen_kv = pointer(problem.lengths, _INTEGER)[batch * problem.lengths_step]
@@ -125,12 +127,12 @@ def _item(problem, kv_head, batch, size):
         lse += batch * problem.num_heads * problem.seqlen_q * size
     return Item(
         kv_head,
-        _entry(problem, problem.q, 0, batch),
-        _entry(problem, problem.k, 1, batch),
-        _entry(problem, problem.v, 2, batch),
-        _entry(problem, problem.out, 3, batch),
-        _entry(problem, problem.mask, 4, batch),
-        _entry(problem, problem.bias, 5, batch),
+        _entry(problem, q.base, q.batch_step, 0, batch),
+        _entry(problem, k.base, k.batch_step, 1, batch),
+        _entry(problem, v.base, v.batch_step, 2, batch),
+        _entry(problem, out.base, out.batch_step, 3, batch),
+        _entry(problem, mask.base, mask.batch_step, 4, batch),
+        _entry(problem, bias.base, bias.batch_step, 5, batch),
         lse,
         seqlen_kv,
         pointer(problem.positions, _INTEGER)[batch * problem.positions_step],
@@ -152,27 +154,26 @@ def _row(problem, item, operand, base, row):
 
 
 # ---------------------------------------------------------------------------
-# The steps of one tile of queries, and a whole work item
+# The kernel
 # ---------------------------------------------------------------------------
 
 
-class _Steps(NamedTuple):
-    begin: Any
-    attend_block: Any
-    finish: Any
-
-
-def _steps(element: types.Float, cols: int) -> _Steps:
-    """The steps for tiles of ``cols`` registers of queries."""
-    queries = cols * lanes_of(element)
-    product = tiles(element, cols)
-    softmax = online_softmax(element, cols)
-    modify = modifiers(element, cols)
-    rows = staging(element)
-    count_nonfinite = nonfinite(element)
+@cache
+def prefill(element: types.Float) -> int:
+    """Address of the kernel that accumulates in ``element``; compiled at the first call."""
+    zero = np.dtype(str(element)).type(0)
+    native = FLOAT32 if element == types.float32 else FLOAT64
+    register = lanes_of(element)
+    most_queries = _COLS * register
+    wide = tiles(element, _COLS)
+    narrow = tiles(element, 1)
+    careful = careful_tiles(element)
+    softmax = online_softmax(element)
+    modify = modifiers(element)
+    stage = staging(element)
 
     @glue
-    def begin(problem, item, row, count, tile, scratch):
+    def begin(problem, item, queries, row, count, tile, scratch):
         """Pack the queries, find what they see, and set the state before any key.
 
         Lanes behind ``count`` hold zeros and see nothing.
@@ -188,7 +189,7 @@ def _steps(element: types.Float, cols: int) -> _Steps:
             last = np.int64(-1)
             if x < count:
                 source = _row(problem, item, problem.q, item.q, row + x)
-                rows.read_row(packed, source, problem.q.step, problem.head_dim, problem.q.storage)
+                stage.read_row(packed, source, problem.q.step, problem.head_dim, problem.q.storage)
                 position = (row + x) % problem.seqlen_q + item.position
                 if position + problem.right >= 0 and position - problem.left < item.seqlen_kv:
                     first = max(position - problem.left, 0)
@@ -202,56 +203,61 @@ def _steps(element: types.Float, cols: int) -> _Steps:
                     packed[d] = 0
             tile.first[x] = first
             tile.last[x] = last
-        rows.transpose_rows(
+        stage.transpose_rows(
             tile.q, queries, scratch.rows, scratch.q_length, queries, scratch.q_length
         )
-        softmax.start(tile.row_max, tile.row_sum, problem.head_dim_v, tile.o)
+        softmax.start(queries, tile.row_max, tile.row_sum, problem.head_dim_v, tile.o)
 
     @glue
-    def add_term(problem, item, operand, base, row, count, key, keys, scratch):
+    def add_term(problem, item, operand, base, queries, row, count, key, keys, scratch):
         """Add a mask or bias, read through the caller's strides, to a score tile."""
         for x in range(count):
             source = on(_row(problem, item, operand, base, row + x), key * operand.step)
-            rows.read_row(
+            stage.read_row(
                 on(scratch.rows, x * BLOCK_KV), source, operand.step, keys, operand.storage
             )
-        rows.transpose_rows(scratch.term, queries, scratch.rows, BLOCK_KV, queries, keys)
-        modify.add_bias(scratch.s, keys, scratch.term)
+        stage.transpose_rows(scratch.term, queries, scratch.rows, BLOCK_KV, queries, keys)
+        modify.add_bias(queries, scratch.s, keys, scratch.term)
 
     @glue
-    def attend_block(problem, item, row, count, key, keys, k, k_step, v, v_step, tile, scratch):
+    def attend_block(
+        problem, item, queries, row, count, key, keys, k, k_step, v, v_step, tile, scratch
+    ):
         """One tile of queries against one block of keys, some of which it sees."""
-        product.scores(
-            k, k_step, keys, tile.q, problem.head_dim, problem.scale, scratch.s
-        )
+        is_wide = queries == most_queries
+        if is_wide:
+            wide.scores(k, k_step, keys, tile.q, problem.head_dim, problem.scale, scratch.s)
+        else:
+            narrow.scores(k, k_step, keys, tile.q, problem.head_dim, problem.scale, scratch.s)
         some_hidden = False
         bias = problem.bias
         if bias.storage != ABSENT:
-            add_term(problem, item, bias, item.bias, row, count, key, keys, scratch)
+            add_term(problem, item, bias, item.bias, queries, row, count, key, keys, scratch)
             some_hidden = True
         mask = problem.mask
         if mask.storage != ABSENT:
-            add_term(problem, item, mask, item.mask, row, count, key, keys, scratch)
+            add_term(problem, item, mask, item.mask, queries, row, count, key, keys, scratch)
             some_hidden = True
         if tile.extent[1] > key or tile.extent[2] < key + keys - 1:
             for x in range(queries):
                 scratch.begin[x] = max(tile.first[x] - key, 0)
                 scratch.end[x] = min(max(tile.last[x] - key, -1), BLOCK_KV)
-            modify.hide_outside(scratch.s, keys, scratch.begin, scratch.end)
+            modify.hide_outside(queries, scratch.s, keys, scratch.begin, scratch.end)
             some_hidden = True
-        careful = some_hidden and count_nonfinite(v, v_step, keys, problem.head_dim_v) > 0
-        if careful:
-            product.copy(scratch.s, keys, scratch.kept)
-        softmax.update(scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
-        if careful:
-            product.values_seen(
-                v, v_step, keys, scratch.kept, scratch.s, scratch.rescale, problem.head_dim_v,
-                tile.o,
+        if some_hidden and careful.count_nonfinite(v, v_step, keys, problem.head_dim_v) > 0:
+            careful.copy(queries, scratch.s, keys, scratch.kept)
+            softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
+            careful.values_seen(
+                queries, v, v_step, keys, scratch.kept, scratch.s, scratch.rescale,
+                problem.head_dim_v, tile.o, RUN_WIDE if is_wide else RUN_NARROW,
             )
+            return
+        softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
+        product = (v, v_step, keys, scratch.s, scratch.rescale, problem.head_dim_v, tile.o)
+        if is_wide:
+            wide.values(*product)
         else:
-            product.values(
-                v, v_step, keys, scratch.s, scratch.rescale, problem.head_dim_v, tile.o
-            )
+            narrow.values(*product)
 
     @glue
     def sees_a_key(problem, item, row, first, last, term):
@@ -261,19 +267,19 @@ def _steps(element: types.Float, cols: int) -> _Steps:
             mask = problem.mask
             if mask.storage != ABSENT:
                 source = on(_row(problem, item, mask, item.mask, row), key * mask.step)
-                rows.read_row(term, source, mask.step, 1, mask.storage)
+                stage.read_row(term, source, mask.step, 1, mask.storage)
                 visible = term[0] != -np.inf
             bias = problem.bias
             if bias.storage != ABSENT:
                 source = on(_row(problem, item, bias, item.bias, row), key * bias.step)
-                rows.read_row(term, source, bias.step, 1, bias.storage)
+                stage.read_row(term, source, bias.step, 1, bias.storage)
                 visible = visible and term[0] != -np.inf
             if visible:
                 return True
         return False
 
     @glue
-    def finish(problem, item, row, count, tile, scratch):
+    def finish(problem, item, queries, row, count, tile, scratch):
         """Divide by the sums, transpose, write the rows and their lse."""
         for x in range(count):
             if tile.row_max[x] == -np.inf and sees_a_key(
@@ -283,132 +289,110 @@ def _steps(element: types.Float, cols: int) -> _Steps:
                 tile.row_sum[x] = np.nan
                 for f in range(problem.head_dim_v):
                     tile.o[f * queries + x] = np.nan
-        softmax.finish(tile.row_sum, problem.head_dim_v, tile.o)
-        rows.transpose_rows(
+        softmax.finish(queries, tile.row_sum, problem.head_dim_v, tile.o)
+        stage.transpose_rows(
             scratch.rows, scratch.v_length, tile.o, queries, scratch.v_length, queries
         )
         out = problem.out
         for x in range(count):
             target = _row(problem, item, out, item.out, row + x)
             source = on(scratch.rows, x * scratch.v_length)
-            rows.write_row(target, out.step, source, problem.head_dim_v, out.storage)
+            stage.write_row(target, out.step, source, problem.head_dim_v, out.storage)
         if item.lse != 0:
             lse = pointer(item.lse, tile.row_max)
             for x in range(count):
                 head, query = _head_and_query(problem, item, row + x)
                 lse[head * problem.seqlen_q + query] = tile.row_max[x] + math.log(tile.row_sum[x])
 
-    return _Steps(begin, attend_block, finish)
-
-
-@cache
-def prefill(element: types.Float) -> int:
-    """Address of the kernel that accumulates in ``element``; compiled at the first call."""
-    zero = np.dtype(str(element)).type(0)
-    native = FLOAT32 if element == types.float32 else FLOAT64
-    size = lanes_of(element)
-    queries = _COLS * size
-    wide = _steps(element, _COLS)
-    narrow = _steps(element, 1)
-    read_row = staging(element).read_row
-
     @glue
     def query_tile(scratch, index):
         q = on(scratch.tiles, index * scratch.tile_size)
-        o = on(q, queries * scratch.q_length)
-        row_max = on(o, queries * scratch.v_length)
-        first = on(scratch.bounds, index * (2 * queries + 4))
-        last = on(first, queries)
-        return QueryTile(q, o, row_max, on(row_max, queries), first, last, on(last, queries))
+        o = on(q, most_queries * scratch.q_length)
+        row_max = on(o, most_queries * scratch.v_length)
+        first = on(scratch.bounds, index * (2 * most_queries + 4))
+        last = on(first, most_queries)
+        extent = on(last, most_queries)
+        return QueryTile(q, o, row_max, on(row_max, most_queries), first, last, extent)
 
     @glue
-    def block(item, operand, base, length, key, keys, staged):
+    def block(operand, base, kv_head, length, key, keys, staged):
         """A block of K or V and the bytes between its rows: in place, or converted to scratch."""
-        start = base + item.kv_head * operand.head_step + key * operand.row_step
+        start = base + kv_head * operand.head_step + key * operand.row_step
         if operand.storage == native and (operand.step == itemsize(staged) or length == 1):
             return pointer(start, staged), operand.row_step
         for j in range(keys):
             source = pointer(start + j * operand.row_step, _BYTE)
-            read_row(on(staged, j * length), source, operand.step, length, operand.storage)
+            stage.read_row(on(staged, j * length), source, operand.step, length, operand.storage)
         return staged, length * itemsize(staged)
 
     @glue
-    def attend_rows(problem, item, row, count, scratch):
-        """One work item: ``count`` rows of one kv head against all keys that they see."""
-        wide_tiles = count // queries
-        rest = count - wide_tiles * queries
-        # The narrow tile is for what fits into one register of queries.
-        if rest > size:
-            wide_tiles += 1
-            rest = 0
+    def tile_shape(index, rows):
+        """Lanes and queries of a tile: what fits into one register of queries is narrow."""
+        rest = rows - index * most_queries
+        if rest <= register:
+            return register, rest
+        return most_queries, min(most_queries, rest)
+
+    @glue
+    def attend_rows(problem, item, row, rows, scratch):
+        """One work item: so many rows of one kv head against all keys that they see."""
+        count = (rows + most_queries - 1) // most_queries
         first_key = item.seqlen_kv
         last_key = np.int64(-1)
-        for t in range(wide_tiles):
+        for t in range(count):
             tile = query_tile(scratch, t)
-            n = min(queries, count - t * queries)
-            wide.begin(problem, item, row + t * queries, n, tile, scratch)
+            queries, n = tile_shape(t, rows)
+            begin(problem, item, queries, row + t * most_queries, n, tile, scratch)
             first_key = min(first_key, tile.extent[0])
             last_key = max(last_key, tile.extent[3])
-        rest_row = row + wide_tiles * queries
-        rest_tile = query_tile(scratch, wide_tiles)
-        if rest > 0:
-            narrow.begin(problem, item, rest_row, rest, rest_tile, scratch)
-            first_key = min(first_key, rest_tile.extent[0])
-            last_key = max(last_key, rest_tile.extent[3])
 
         for key in range(first_key // BLOCK_KV * BLOCK_KV, last_key + 1, BLOCK_KV):
             keys = min(BLOCK_KV, last_key + 1 - key)
-            k, k_step = block(item, problem.k, item.k, problem.head_dim, key, keys, scratch.k)
-            v, v_step = block(item, problem.v, item.v, problem.head_dim_v, key, keys, scratch.v)
-            for t in range(wide_tiles):
+            head = item.kv_head
+            k, k_step = block(problem.k, item.k, head, problem.head_dim, key, keys, scratch.k)
+            v, v_step = block(problem.v, item.v, head, problem.head_dim_v, key, keys, scratch.v)
+            for t in range(count):
                 tile = query_tile(scratch, t)
                 # Keys behind the last that any query of the tile sees are not looked at.
                 seen = min(keys, tile.extent[3] + 1 - key)
                 if seen > 0 and tile.extent[0] < key + seen:
-                    at = row + t * queries
-                    n = min(queries, count - t * queries)
-                    wide.attend_block(
-                        problem, item, at, n, key, seen, k, k_step, v, v_step, tile, scratch
-                    )
-            if rest > 0:
-                seen = min(keys, rest_tile.extent[3] + 1 - key)
-                if seen > 0 and rest_tile.extent[0] < key + seen:
-                    narrow.attend_block(
-                        problem, item, rest_row, rest, key, seen, k, k_step, v, v_step, rest_tile,
+                    queries, n = tile_shape(t, rows)
+                    at = row + t * most_queries
+                    attend_block(
+                        problem, item, queries, at, n, key, seen, k, k_step, v, v_step, tile,
                         scratch,
                     )
 
-        for t in range(wide_tiles):
-            n = min(queries, count - t * queries)
-            wide.finish(problem, item, row + t * queries, n, query_tile(scratch, t), scratch)
-        if rest > 0:
-            narrow.finish(problem, item, rest_row, rest, rest_tile, scratch)
+        for t in range(count):
+            queries, n = tile_shape(t, rows)
+            at = row + t * most_queries
+            finish(problem, item, queries, at, n, query_tile(scratch, t), scratch)
 
     @glue
     def allocate(problem):
         """One thread's scratch, and the two arrays that own it."""
-        q_length = (problem.head_dim + size - 1) // size * size
-        v_length = (problem.head_dim_v + size - 1) // size * size
-        tile_size = queries * (q_length + v_length + 2)
-        block_size = queries * BLOCK_KV
+        q_length = (problem.head_dim + register - 1) // register * register
+        v_length = (problem.head_dim_v + register - 1) // register * register
+        tile_size = most_queries * (q_length + v_length + 2)
+        block_size = most_queries * BLOCK_KV
         longest = max(q_length, v_length, BLOCK_KV)
         staged = BLOCK_KV * (problem.head_dim + problem.head_dim_v)
-        total = 3 * block_size + (3 + longest) * queries + staged + problem.tiles * tile_size
+        total = 3 * block_size + (3 + longest) * most_queries + staged + problem.tiles * tile_size
         memory = np.empty(total + 64, np.dtype(type(zero)))
-        bounds = np.empty(problem.tiles * (2 * queries + 4), np.int64)
+        bounds = np.empty(problem.tiles * (2 * most_queries + 4), np.int64)
         # Aligned, so that no register of scratch straddles two cache lines.
         s = pointer((address(data(memory)) + 63) // 64 * 64, zero)
         kept = on(s, block_size)
         term = on(kept, block_size)
         rescale = on(term, block_size)
-        begin = on(rescale, queries)
-        end = on(begin, queries)
-        rows = on(end, queries)
-        k = on(rows, longest * queries)
+        begin = on(rescale, most_queries)
+        end = on(begin, most_queries)
+        rows = on(end, most_queries)
+        k = on(rows, longest * most_queries)
         v = on(k, BLOCK_KV * problem.head_dim)
-        tiles = on(v, BLOCK_KV * problem.head_dim_v)
+        tiles_at = on(v, BLOCK_KV * problem.head_dim_v)
         scratch = Scratch(
-            s, kept, term, rescale, begin, end, rows, k, v, tiles, data(bounds), q_length, v_length,
+            s, kept, term, rescale, begin, end, rows, k, v, tiles_at, data(bounds), q_length, v_length,
             tile_size,
         )
         return scratch, memory, bounds
@@ -419,9 +403,9 @@ def prefill(element: types.Float) -> int:
         problem = problem_at(problem_address)
         # Where one head's queries do not fill a tile, those of the whole group share it.
         rows = problem.num_heads // problem.num_kv_heads * problem.seqlen_q
-        segment = problem.seqlen_q if problem.seqlen_q >= queries else rows
+        segment = problem.seqlen_q if problem.seqlen_q >= most_queries else rows
         segments = rows // segment
-        height = problem.tiles * queries
+        height = problem.tiles * most_queries
         chunks = (segment + height - 1) // height
         items = problem.batches * problem.num_kv_heads * segments * chunks
         scratch, memory, bounds = allocate(problem)

@@ -24,7 +24,6 @@ from numba import types
 from .compile import routine
 from .simd import (
     add_rows,
-    column,
     exp,
     fma,
     hidden,
@@ -41,13 +40,12 @@ from .simd import (
     stack,
     store,
     where_less,
-    width,
     zeros,
 )
 
 
 class Softmax(NamedTuple):
-    """The routines for one shape of tile."""
+    """The routines for one accumulation type."""
 
     start: Any
     update: Any
@@ -55,34 +53,37 @@ class Softmax(NamedTuple):
 
 
 @cache
-def online_softmax(element: types.Float, cols: int) -> Softmax:
-    """Compile the state's steps for tiles of ``cols`` registers of queries."""
+def online_softmax(element: types.Float) -> Softmax:
+    """Compile the state's steps.
+
+    They serve tiles of any number of ``queries`` that is whole registers: each goes through one
+    register of queries after the other, so that the constants of exp stay in the remaining ones.
+    """
     zero = np.dtype(str(element)).type(0)
     pointer = types.CPointer(element)
+    integer = types.intp
 
-    @routine(types.void(pointer, pointer, types.intp, pointer), element, cols)
-    def start(row_max, row_sum, head_dim_v, o):
+    @routine(types.void(integer, pointer, pointer, integer, pointer), element)
+    def start(queries, row_max, row_sum, head_dim_v, o):
         """The state before any key."""
-        like = splat(zero, cols)
-        store(row_max, 0, hidden(like))
-        store(row_sum, 0, zeros(like))
-        for f in range(head_dim_v):
-            store(on(o, f * width(like)), 0, zeros(like))
+        one = splat(zero, 1)
+        for x in range(0, queries, lanes(one)):
+            store(on(row_max, x), 0, hidden(one))
+            store(on(row_sum, x), 0, zeros(one))
+            for f in range(head_dim_v):
+                store(on(o, f * queries + x), 0, zeros(one))
 
-    @routine(types.void(pointer, types.intp, pointer, pointer, pointer), element, cols)
-    def update(s, keys, row_max, row_sum, rescale):
+    @routine(types.void(integer, pointer, integer, pointer, pointer, pointer), element)
+    def update(queries, s, keys, row_max, row_sum, rescale):
         """Take ``keys`` rows of S^T into the state; P^T takes their place.
 
-        ``rescale`` receives the factor for what was summed before. One register of
-        queries at a time: the constants of exp fill the others.
+        ``rescale`` receives the factor for what was summed before.
         """
-        like = splat(zero, cols)
-        one = column(like)
+        one = splat(zero, 1)
         many = stack(one)
-        queries = width(like)
         height = rows(many)
         whole = keys - keys % height
-        for x in range(0, queries, lanes(like)):
+        for x in range(0, queries, lanes(one)):
             s_x = on(s, x)
             old = load(one, on(row_max, x), 0)
             new = old
@@ -109,14 +110,15 @@ def online_softmax(element: types.Float, cols: int) -> Softmax:
                 store(at, 0, p_rest)
             store(on(row_sum, x), 0, fma(load(one, on(row_sum, x), 0), factor, total))
 
-    @routine(types.void(pointer, types.intp, pointer), element, cols)
-    def finish(row_sum, head_dim_v, o):
+    @routine(types.void(integer, pointer, integer, pointer), element)
+    def finish(queries, row_sum, head_dim_v, o):
         """Divide by the sums: O^T is the result. 0 / 1 for a row that saw nothing."""
-        like = splat(zero, cols)
-        total = load(like, row_sum, 0)
-        divisor = where_less(zeros(like), total, total, ones(like))
-        for f in range(head_dim_v):
-            at = on(o, f * width(like))
-            store(at, 0, load(like, at, 0) / divisor)
+        one = splat(zero, 1)
+        for x in range(0, queries, lanes(one)):
+            total = load(one, on(row_sum, x), 0)
+            divisor = where_less(zeros(one), total, total, ones(one))
+            for f in range(head_dim_v):
+                at = on(o, f * queries + x)
+                store(at, 0, load(one, at, 0) / divisor)
 
     return Softmax(start, update, finish)

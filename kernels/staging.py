@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from .compile import glue, routine
+from .compile import inline, routine
 from .simd import (
     lanes,
     load,
@@ -41,7 +41,7 @@ _int = types.intp
 
 
 def _row_reader(read: Any, itemsize: int) -> Any:
-    @glue
+    @inline
     def read_elements(target, source, step, count):
         # With a step known when compiling, LLVM reads and converts whole registers.
         if step == itemsize:
@@ -55,7 +55,7 @@ def _row_reader(read: Any, itemsize: int) -> Any:
 
 
 def _row_writer(write: Any, itemsize: int) -> Any:
-    @glue
+    @inline
     def write_elements(target, step, source, count):
         if step == itemsize:
             for n in range(count):

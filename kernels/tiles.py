@@ -34,6 +34,7 @@ from .simd import (
     filled,
     fma,
     itemsize,
+    lanes,
     load,
     lowest,
     on,
@@ -60,8 +61,6 @@ class Tiles(NamedTuple):
 
     scores: Any
     values: Any
-    values_seen: Any
-    copy: Any
 
 
 @cache
@@ -133,44 +132,27 @@ def tiles(element: types.Float, cols: int) -> Tiles:
                     rest = add_outer(rest, v_row, itemsize(v), on(p, j * queries))
                 accumulate(rest, factor, on(o, f * queries), queries)
 
-    @routine(
-        types.void(pointer, _int, _int, pointer, pointer, pointer, _int, pointer), element, cols
-    )
-    def values_seen(v, v_step, keys, s, p, rescale, head_dim_v, o):
-        """``values`` that does not touch V where the score ``s`` hides the key.
+    return Tiles(scores, values)
 
-        For blocks in which V holds NaN or Inf and some queries must not see it: there a
-        product with zero is not zero.
-        """
-        like = splat(zero, cols)
-        queries = width(like)
-        for start in range(0, keys, run):
-            stop = min(start + run, keys)
-            factor = load(like, rescale, 0) if start == 0 else ones(like)
-            for f in range(head_dim_v):
-                acc = zeros(like)
-                for j in range(start, stop):
-                    v_row = bytes_on(v, j * v_step)
-                    more = fma(filled(like, v_row[f]), load(like, on(p, j * queries), 0), acc)
-                    acc = where_less(load(like, on(s, j * queries), 0), lowest(like), acc, more)
-                accumulate(acc, factor, on(o, f * queries), queries)
 
-    @routine(types.void(pointer, _int, pointer), element, cols)
-    def copy(s, keys, target):
-        """A second copy of S^T."""
-        like = splat(zero, cols)
-        queries = width(like)
-        for j in range(keys):
-            store(on(target, j * queries), 0, load(like, on(s, j * queries), 0))
+class CarefulTiles(NamedTuple):
+    """The routines for values that some queries must not see."""
 
-    return Tiles(scores, values, values_seen, copy)
+    count_nonfinite: Any
+    copy: Any
+    values_seen: Any
 
 
 @cache
-def nonfinite(element: types.Float) -> Any:
-    """Compile the test that lets a hidden NaN in V be noticed."""
+def careful_tiles(element: types.Float) -> CarefulTiles:
+    """Compile what keeps a hidden NaN or Inf in V from an output: there 0 * V is not 0.
 
-    @routine(_int(types.CPointer(element), _int, _int, _int), element)
+    For tiles of any number of ``queries`` that is whole registers.
+    """
+    zero = np.dtype(str(element)).type(0)
+    pointer = types.CPointer(element)
+
+    @routine(_int(pointer, _int, _int, _int), element)
     def count_nonfinite(v, v_step, keys, head_dim_v):
         """How many elements of ``keys`` rows of V are NaN or Inf."""
         strange = 0
@@ -181,4 +163,30 @@ def nonfinite(element: types.Float) -> Any:
                 strange += not abs(v_row[f]) < np.inf
         return strange
 
-    return count_nonfinite
+    @routine(types.void(_int, pointer, _int, pointer), element)
+    def copy(queries, s, keys, target):
+        """A second copy of S^T."""
+        for n in range(keys * queries):
+            target[n] = s[n]
+
+    @routine(
+        types.void(_int, pointer, _int, _int, pointer, pointer, pointer, _int, pointer, _int),
+        element,
+    )
+    def values_seen(queries, v, v_step, keys, s, p, rescale, head_dim_v, o, run):
+        """``values``, in the same order, without V where the score ``s`` hides the key."""
+        one = splat(zero, 1)
+        for x in range(0, queries, lanes(one)):
+            for start in range(0, keys, run):
+                stop = min(start + run, keys)
+                factor = load(one, on(rescale, x), 0) if start == 0 else ones(one)
+                for f in range(head_dim_v):
+                    acc = zeros(one)
+                    for j in range(start, stop):
+                        v_row = bytes_on(v, j * v_step)
+                        at = j * queries + x
+                        more = fma(filled(one, v_row[f]), load(one, on(p, at), 0), acc)
+                        acc = where_less(load(one, on(s, at), 0), lowest(one), acc, more)
+                    accumulate(acc, factor, on(o, f * queries + x), 0)
+
+    return CarefulTiles(count_nonfinite, copy, values_seen)

@@ -34,9 +34,11 @@ from .providers import FASTATTN, NAIVE, PEERS, Prepared
 # A sample is as many calls as fill this time: less would measure the clock and the scheduler.
 SAMPLE_SECONDS = 0.02
 
-# Workers of some libraries spin for some milliseconds after a call, waiting for the next one,
-# on a core that somebody else wants by then.
-SETTLE_SECONDS = 0.01
+# Workers of some libraries go on spinning after a call, up to a tenth of a second, on a core that
+# somebody else wants by then: PyTorch is half as fast while NumPy's BLAS still waits for work.
+# Nobody starts before all is quiet for one interval, longer than the ticks of CPU accounting.
+QUIET_SECONDS = 0.012
+MAX_WAIT_SECONDS = 0.5
 
 # As many rounds as fit the time, within these bounds.
 MIN_ROUNDS = 7
@@ -143,7 +145,7 @@ class Contender:
 
     def sample(self) -> None:
         """Take a sample."""
-        time.sleep(SETTLE_SECONDS)
+        _wait_for_quiet()
         if self.calls > 1:
             # Wakes this library's workers and brings its code and data back into the caches.
             self.prepared.run()
@@ -171,6 +173,15 @@ class Contender:
         for _ in repeat(None, self.calls):
             run()
         return time.perf_counter() - start
+
+
+def _wait_for_quiet() -> None:
+    deadline = time.perf_counter() + MAX_WAIT_SECONDS
+    while time.perf_counter() < deadline:
+        used = time.process_time()
+        time.sleep(QUIET_SECONDS)
+        if time.process_time() - used < QUIET_SECONDS / 10:
+            return
 
 
 @contextmanager
@@ -204,7 +215,7 @@ class Measurement:
         self.contenders[PEAK] = Contender(PEAK, Prepared(self.peak.run))
         seconds_per_round = 0.0
         for contender in self.contenders.values():
-            seconds_per_round += contender.calibrate() + SETTLE_SECONDS
+            seconds_per_round += contender.calibrate() + QUIET_SECONDS
         self.rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(CASE_SECONDS / seconds_per_round)))
 
     def take_round(self) -> float:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from .compile import routine
+from .compile import glue, routine
 from .simd import (
     accumulate,
     accumulators,
@@ -56,6 +56,13 @@ RUN_WIDE = 32
 RUN_NARROW = 8
 
 
+@glue
+def even_run(count, longest):
+    """The length of runs of nearly equal length, none above ``longest``."""
+    runs = max((count + longest - 1) // longest, 1)
+    return (count + runs - 1) // runs
+
+
 class Tiles(NamedTuple):
     """The routines for one shape of tile."""
 
@@ -68,7 +75,7 @@ def tiles(element: types.Float, cols: int) -> Tiles:
     """Compile the products for tiles of ``cols`` registers of queries."""
     zero = np.dtype(str(element)).type(0)
     pointer = types.CPointer(element)
-    run = RUN_NARROW if cols == 1 else RUN_WIDE
+    longest = RUN_NARROW if cols == 1 else RUN_WIDE
 
     @routine(types.void(pointer, _int, _int, pointer, _int, element, pointer), element, cols)
     def scores(k, k_step, keys, q, head_dim, factor, s):
@@ -81,6 +88,7 @@ def tiles(element: types.Float, cols: int) -> Tiles:
         nothing = accumulators(like)
         height = rows(nothing)
         whole = keys - keys % height
+        run = even_run(head_dim, longest)
         for j in range(0, whole, height):
             s_rows = on(s, j * queries)
             k_rows = bytes_on(k, j * k_step)
@@ -116,6 +124,7 @@ def tiles(element: types.Float, cols: int) -> Tiles:
         nothing = accumulators(like)
         height = rows(nothing)
         whole = head_dim_v - head_dim_v % height
+        run = even_run(keys, longest)
         for start in range(0, keys, run):
             stop = min(start + run, keys)
             factor = load(like, rescale, 0) if start == 0 else ones(like)
@@ -173,9 +182,10 @@ def careful_tiles(element: types.Float) -> CarefulTiles:
         types.void(_int, pointer, _int, _int, pointer, pointer, pointer, _int, pointer, _int),
         element,
     )
-    def values_seen(queries, v, v_step, keys, s, p, rescale, head_dim_v, o, run):
+    def values_seen(queries, v, v_step, keys, s, p, rescale, head_dim_v, o, longest):
         """``values``, in the same order, without V where the score ``s`` hides the key."""
         one = splat(zero, 1)
+        run = even_run(keys, longest)
         for x in range(0, queries, lanes(one)):
             for start in range(0, keys, run):
                 stop = min(start + run, keys)

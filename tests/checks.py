@@ -1,6 +1,5 @@
 """What the tests measure with: the naive code, the bound it gives, inputs, memory layouts."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -78,7 +77,7 @@ def naive(
     highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - highest)
     denominator = weights.sum(axis=-1, keepdims=True)
-    return (weights / denominator @ value).astype(dtype), (highest + np.log(denominator))[..., 0]
+    return dot(weights / denominator, value).astype(dtype), (highest + np.log(denominator))[..., 0]
 
 
 def exact(function: Callable[..., Any], *arrays: Array, **keywords: Any) -> Any:
@@ -149,9 +148,9 @@ def naive_in_any_order(
 ) -> list[tuple[Array, Array]]:
     """Return the naive results for the keywords of attention, with its sums in several orders.
 
-    Features are summed as BLAS does and one by one, keys forwards and backwards. One order alone
-    may round luckily in the very sums that the largest error depends on, and the next BLAS has
-    another one anyway.
+    In that of BLAS, and term by term with the features and the keys in eight orders. The largest
+    error is that of a few sums, and in one order alone those may happen to round well; the next
+    BLAS has another order anyway.
     """
     if swapped := keywords.pop("layout", "bhld") == "blhd":
         query, key, value = (np.swapaxes(x, -3, -2) for x in (query, key, value))
@@ -162,28 +161,28 @@ def naive_in_any_order(
     visible = reference.attention_weights(*zeros, stage="biased", **keywords) != -np.inf
     bias, scale = np.broadcast_to(keywords.get("bias", 0), visible.shape), keywords.get("scale")
 
-    results = []
-    forwards, backwards = slice(None), slice(None, None, -1)
-    for dot, keys in itertools.product((np.matmul, one_by_one), (forwards, backwards)):
-        with np.errstate(all="ignore"):  # it divides 0 by 0 for rows that see nothing
-            output, lse = naive(
-                query,
-                key[..., keys, :],
-                value[..., keys, :],
-                visible=visible[..., keys],
-                bias=bias[..., keys],
-                scale=scale,
-                dot=dot,
-            )
-        results.append((np.swapaxes(output, -3, -2) if swapped else output, lse))
-    return results
+    rng = np.random.default_rng(0)
+    orders = [(rng.permutation(query.shape[-1]), rng.permutation(key.shape[-2])) for _ in range(8)]
+    with np.errstate(all="ignore"):  # it divides 0 by 0 for rows that see nothing
+        by_blas = naive(query, key, value, visible=visible, bias=bias, scale=scale)
+        one_by_one = naive(
+            np.stack([query[..., features] for features, _ in orders]),
+            np.stack([key[..., keys, :][..., features] for features, keys in orders]),
+            np.stack([value[..., keys, :] for _, keys in orders]),
+            visible=np.stack([visible[..., keys] for _, keys in orders]),
+            bias=np.stack([bias[..., keys] for _, keys in orders]),
+            scale=scale,
+            dot=term_by_term,
+        )
+    results = [by_blas, *zip(*one_by_one, strict=True)]
+    return [(np.swapaxes(out, -3, -2) if swapped else out, lse) for out, lse in results]
 
 
-def one_by_one(a: Array, b: Array) -> Array:
-    """Return a @ b, every sum taken term by term."""
-    total = a[..., :, :1] * b[..., :1, :]
-    for d in range(1, a.shape[-1]):
-        total += a[..., :, d : d + 1] * b[..., d : d + 1, :]
+def term_by_term(a: Array, b: Array) -> Array:
+    """Return a @ b with every sum taken in the order of its terms."""
+    total = np.zeros(np.broadcast_shapes(a.shape[:-1], b.shape[:-2] + (1,)) + b.shape[-1:], a.dtype)
+    for n in range(a.shape[-1]):
+        total += a[..., :, n : n + 1] * b[..., n : n + 1, :]
     return total
 
 

@@ -184,7 +184,8 @@ OUTS = [
 
 TORCH = [
     *(
-        (scaled_dot_product_attention, {"dropout_p": p}, ValueError, r"^dropout_p must be 0.*: got ")
+        (scaled_dot_product_attention, {"dropout_p": p}, ValueError,
+         r"^dropout_p must be 0.*: got ")
         for p in (0.1, -1, NAN)
     ),
     *(
@@ -216,7 +217,8 @@ TORCH = [
 ]  # fmt: skip
 
 WEIGHTS = [
-    (attention_weights, {"stage": "softmax"}, ValueError, r"^stage must be one of .*: got 'softmax'$"),
+    (attention_weights, {"stage": "softmax"}, ValueError,
+     r"^stage must be one of .*: got 'softmax'$"),
     *(
         (attention_weights, {"rows": rows}, ValueError, r"^rows must lie between 0 and 4: got ")
         for rows in (5, -1, [0, 5], np.array([-1]))
@@ -287,7 +289,11 @@ def expected():
     return attention(**inputs("query", "key", "value"))
 
 
-@pytest.mark.parametrize(("function", "wrong", "error", "message"), TABLE)
+@pytest.mark.parametrize(
+    ("function", "wrong", "error", "message"),
+    TABLE,
+    ids=["-".join([function.__name__, *wrong]) for function, wrong, _, _ in TABLE],
+)
 def test_error(function, wrong, error, message, expected):
     arguments = valid_arguments(function) | wrong
     before = pickle.dumps(arguments)
@@ -324,7 +330,7 @@ class TestOverlap:
         buffer = np.arange(2 * self.SIZE, dtype=np.float32)
         before = buffer.copy()
         out = self.window(buffer, 0)
-        with pytest.raises(ValueError, match=f"^out must not share memory with {name}"):
+        with pytest.raises(ValueError, match=rf"^out must not share memory with {name}"):
             self.call(name, self.window(buffer, start), out)
         assert_same_bits(buffer, before)
 
@@ -332,13 +338,13 @@ class TestOverlap:
     def test_sharing_a_byte_with_a_mask(self, byte):
         out = np.zeros((2, 4, 8, 8), np.float32)
         mask = out.view(np.bool_)[..., byte::4]
-        with pytest.raises(ValueError, match="^out must not share memory with mask"):
+        with pytest.raises(ValueError, match=r"^out must not share memory with mask"):
             self.call("mask", mask, out)
 
     @pytest.mark.parametrize("name", ["query", "key", "value", "bias"])
     def test_foreign_array_of_the_same_memory(self, name):
         out = np.zeros((2, 4, 8, 8), np.float32)
-        with pytest.raises(ValueError, match=f"^out must not share memory with {name}"):
+        with pytest.raises(ValueError, match=rf"^out must not share memory with {name}"):
             self.call(name, memoryview(out), out)
 
     @pytest.mark.parametrize("name", ["query", "key", "value", "bias"])

@@ -1,0 +1,91 @@
+"""Narrower instruction sets than the host's: the same kernels, other tiles, the same bound.
+
+Numba compiles for the CPU that NUMBA_CPU_NAME names when NUMBA_CPU_FEATURES is set as well. Each
+one needs a process of its own, which runs this file with the instruction set that it must find.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from checks import FLOAT_DTYPES, assert_accurate, make_inputs
+from fastattn.kernels import host
+
+import fastattn
+
+# What a CPU must have to run the code, by the instruction set and a CPU that has just that.
+CPUS = [
+    ("nehalem", "SSE", ("sse4.2", "popcnt")),
+    ("haswell", "AVX2", ("avx2", "fma", "bmi2")),
+    ("skylake-avx512", "AVX-512", ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")),
+]
+
+LENGTHS = [(1, 130), (7, 65), (33, 7), (65, 33), (130, 1), (130, 130)]
+HEAD_DIMS = [(3, 40), (40, 3), (64, 64)]
+
+
+def battery():
+    """Check attention against the reference in float64, for every type and kind of tile."""
+    rng = np.random.default_rng(0)
+    for dtype, lengths, head_dims in itertools.product(FLOAT_DTYPES, LENGTHS, HEAD_DIMS):
+        seqlen_q, seqlen_kv = lengths
+        inputs = make_inputs(
+            rng,
+            batch=(max(1, 128 // min(lengths)),),  # few rows would be a matter of luck
+            heads=2,
+            kv_heads=1,
+            seqlen_q=seqlen_q,
+            seqlen_kv=seqlen_kv,
+            head_dim=head_dims[0],
+            head_dim_v=head_dims[1],
+            dtype=dtype,
+        )
+        mask = rng.random((seqlen_q, seqlen_kv)) < 0.7
+        bias = rng.standard_normal((seqlen_q, seqlen_kv)).astype(np.float32)
+        for keywords in ({}, {"causal": True}, {"mask": mask, "bias": bias}):
+            result = fastattn.attention(*inputs, return_lse=True, **keywords)
+            assert_accurate(result, *inputs, **keywords)
+
+
+@pytest.fixture(scope="session")
+def code_directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("code")
+
+
+@pytest.mark.parametrize(("cpu", "instruction_set", "needed"), CPUS, ids=[each[0] for each in CPUS])
+def test_instruction_set(cpu, instruction_set, needed, code_directory):
+    features = llvm.get_host_cpu_features()
+    missing = [name for name in needed if not features.get(name)]
+    if missing:
+        pytest.skip(f"this CPU has no {', '.join(missing)}")
+    run = subprocess.run(
+        [sys.executable, __file__, instruction_set],
+        env=os.environ
+        | {
+            "NUMBA_CPU_NAME": cpu,
+            "NUMBA_CPU_FEATURES": "",
+            "FASTATTN_CACHE_DIR": str(code_directory),
+        },
+        capture_output=True,
+        text=True,
+        check=False,  # the error of the battery is in stderr
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("triple", ["aarch64-unknown-linux-gnu", "arm64-apple-darwin23.6.0"])
+def test_choice_for_arm(triple, monkeypatch):
+    monkeypatch.setattr(host, "_probe_assembly", lambda: (triple, "generic", "fmla v0.4s, v1.4s"))
+    found = host.detect()
+    assert (found.instruction_set, found.vector_bytes, found.fused) == ("NEON", 16, True)
+    for rows, cols in (found.wide, found.narrow):
+        assert rows * cols + cols + 1 <= 32, "as many registers as there are"
+
+
+if __name__ == "__main__":
+    assert host.HOST.instruction_set == sys.argv[1], host.HOST
+    battery()

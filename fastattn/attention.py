@@ -28,7 +28,6 @@ Layout = Literal["bhld", "blhd"]
 Stage = Literal["scores", "softcapped", "biased", "probabilities"]
 
 
-
 @overload
 def attention(
     query: ArrayLike,
@@ -257,10 +256,7 @@ def scaled_dot_product_attention(
     """
     if dropout_p != 0.0:
         raise ValueError(f"dropout_p must be 0, this library is for inference: got {dropout_p}")
-    q, k, v = (
-        as_array(name, x)
-        for name, x in (("query", query), ("key", key), ("value", value))
-    )
+    q, k, v = (as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     if not enable_gqa:
         q, k, v = _broadcast_heads(q, k, v)
     mask = bias = None

@@ -33,6 +33,7 @@ _SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 _BITS = np.dtype(np.uint16)
 _FLOATS = "float16, float32, float64 or bfloat16"
 _BOOL = 4
+_NAMES = ("query", "key", "value")
 
 
 @lru_cache(maxsize=64)
@@ -50,8 +51,15 @@ def _format(dtype: np.dtype[Any]) -> Format | None:
     return None
 
 
+_NATIVE: dict[np.dtype[Any], Format] = {
+    each: known
+    for each in (_SINGLE, _DOUBLE, np.dtype(np.float16))
+    if (known := _format(each)) is not None
+}
+
+
 class Problem(NamedTuple):
-    """A checked call. Arrays have axes (batch or 1, heads, rows, elements); strides as they came."""
+    """A checked call. Arrays are (batch or 1, heads, rows, elements), strides as they came."""
 
     query: Array
     key: Array
@@ -76,7 +84,10 @@ _ABSENT = np.array([0, -1, 0, 0, 0, 0], np.int64)
 _NO_OFFSETS = np.empty((6, 0), np.int64)
 _NONE = np.empty(0, np.int64)
 _ZERO = np.zeros(1, np.int64)
-_NO_LSE = {_SINGLE: np.empty((0, 0, 0), _SINGLE), _DOUBLE: np.empty((0, 0, 0), _DOUBLE)}
+_NO_LSE: dict[Any, Array] = {
+    _SINGLE: np.empty((0, 0, 0), _SINGLE),
+    _DOUBLE: np.empty((0, 0, 0), _DOUBLE),
+}
 for _constant in (_ABSENT, _NO_OFFSETS, _NONE, _ZERO):
     _constant.flags.writeable = False
 
@@ -97,12 +108,17 @@ def check(
     out: Array | None,
 ) -> Problem:
     """Check a call of `attention` against the contract and put it into a kernel's terms."""
-    inputs = (as_array("query", query), as_array("key", key), as_array("value", value))
-    dtype, form = common_format(("query", "key", "value"), inputs)
-    q, k, v = (x if x.dtype is dtype else x.astype(dtype) for x in inputs)
+    q, k, v = inputs = as_array("query", query), as_array("key", key), as_array("value", value)
+    dtype = q.dtype
+    form = _NATIVE.get(dtype)
+    if form is None or k.dtype is not dtype or v.dtype is not dtype:
+        dtype, form = common_format(_NAMES, inputs)
+        q, k, v = (x if x.dtype == dtype else x.astype(dtype) for x in inputs)
     one_head = q.ndim == k.ndim == v.ndim == 2
-    q, k, v = (as_heads(name, x, layout) for name, x in zip(("query", "key", "value"), (q, k, v)))
-    batch_shape = check_shapes(q, k, v)
+    q = as_heads("query", q, layout)
+    k = as_heads("key", k, layout)
+    v = as_heads("value", v, layout)
+    batch_shape = check_shapes(q.shape, k.shape, v.shape)
     num_heads, seqlen_q, head_dim = q.shape[-3:]
     seqlen_kv, head_dim_v = v.shape[-2:]
     shape = (*batch_shape, num_heads, seqlen_q, head_dim_v)
@@ -131,13 +147,12 @@ def check(
         lse = np.empty((batch, num_heads, seqlen_q), form.accumulation)
         result_lse = lse.reshape(shape[-2:-1] if one_head else shape[:-1])
 
-    operands = (q, k, v, o, masks, biases)
-    if len(batch_shape) <= 1:
-        q, k, v, o = (x if x.ndim == 4 else x[None] for x in (q, k, v, o))
-        offsets = _NO_OFFSETS
-    else:
-        offsets = batch_offsets(operands, batch_shape)
+    offsets = _NO_OFFSETS
+    if len(batch_shape) > 1:
+        offsets = batch_offsets((q, k, v, o, masks, biases), batch_shape)
         q, k, v, o = (x[(0,) * (x.ndim - 3)][None] if x.size else x for x in (q, k, v, o))
+    elif not q.ndim == k.ndim == v.ndim == o.ndim == 4:
+        q, k, v, o = (x if x.ndim == 4 else x[None] for x in (q, k, v, o))
     if form.view is _BITS:
         q, k, v, o = (x.view(_BITS) for x in (q, k, v, o))
     return Problem(
@@ -175,7 +190,9 @@ def as_array(name: str, x: Any) -> Array:
     try:
         return np.asarray(x)
     except ValueError as error:
-        raise ValueError(f"{name} must be an array or nested lists of equal lengths: {error}") from None
+        raise ValueError(
+            f"{name} must be an array or nested lists of equal lengths: {error}"
+        ) from None
 
 
 def known_format(dtype: np.dtype[Any]) -> Format:
@@ -190,11 +207,6 @@ def common_format(names: Sequence[str], arrays: Sequence[Array]) -> tuple[np.dty
 
     NumPy's promotion; float64 for integers and bool. float16 and bfloat16 have no common type.
     """
-    first = arrays[0].dtype
-    if all(x.dtype is first for x in arrays):
-        form = _format(first)
-        if form is not None and first.isnative:
-            return first, form
     kinds = set()
     for name, x in zip(names, arrays, strict=True):
         native = x.dtype.newbyteorder("=")
@@ -242,44 +254,42 @@ def _caller_shape(shape: tuple[int, ...], layout: str, one_head: bool) -> tuple[
 # ---------------------------------------------------------------------------
 
 
-def check_shapes(q: Array, k: Array, v: Array) -> tuple[int, ...]:
-    """Check that the three fit together; return the shape of the batch axes."""
-    check_scores(q, k)
-    if k.shape[-2] != v.shape[-2]:
+Shape = tuple[int, ...]
+
+
+def check_shapes(q: Shape, k: Shape, v: Shape) -> Shape:
+    """Check that shapes (batch..., heads, length, features) fit; return that of the batch axes."""
+    *q_batch, num_heads, _, head_dim = q
+    *k_batch, num_kv_heads, seqlen_kv, key_dim = k
+    *v_batch, value_heads, value_rows, _ = v
+    if head_dim != key_dim:
+        raise ValueError(f"key.shape[-1] must equal query.shape[-1]: got {head_dim} and {key_dim}")
+    if head_dim == 0:
+        raise ValueError(f"query must have a head_dim of at least 1: got shape {q}")
+    if seqlen_kv != value_rows:
         raise ValueError(
             "value must have as many rows as key: "
-            f"got seqlen_kv {k.shape[-2]} in key and {v.shape[-2]} in value"
+            f"got seqlen_kv {seqlen_kv} in key and {value_rows} in value"
         )
-    if k.shape[-3] != v.shape[-3]:
+    if num_kv_heads != value_heads:
         raise ValueError(
             "value must have as many heads as key: "
-            f"got num_kv_heads {k.shape[-3]} in key and {v.shape[-3]} in value"
+            f"got num_kv_heads {num_kv_heads} in key and {value_heads} in value"
         )
-    if q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
-        return q.shape[:-3]
-    try:
-        return np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    except ValueError:
-        raise ValueError(
-            "the batch axes of query, key and value must broadcast: "
-            f"got {q.shape[:-3]}, {k.shape[:-3]} and {v.shape[:-3]}"
-        ) from None
-
-
-def check_scores(q: Array, k: Array) -> None:
-    """Check that query and key have a product."""
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"key.shape[-1] must equal query.shape[-1]: got {q.shape[-1]} and {k.shape[-1]}"
-        )
-    if q.shape[-1] == 0:
-        raise ValueError(f"query must have a head_dim of at least 1: got shape {q.shape}")
-    num_heads, num_kv_heads = q.shape[-3], k.shape[-3]
     if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
         raise ValueError(
             "the number of heads of key must divide that of query: "
             f"got {num_kv_heads} and {num_heads}"
         )
+    if q_batch == k_batch == v_batch:
+        return tuple(q_batch)
+    try:
+        return np.broadcast_shapes(tuple(q_batch), tuple(k_batch), tuple(v_batch))
+    except ValueError:
+        raise ValueError(
+            "the batch axes of query, key and value must broadcast: "
+            f"got {tuple(q_batch)}, {tuple(k_batch)} and {tuple(v_batch)}"
+        ) from None
 
 
 def _broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
@@ -333,7 +343,7 @@ def batch_offsets(operands: Sequence[Array | None], shape: tuple[int, ...]) -> A
     for row, x in zip(table, operands, strict=True):
         if x is not None:
             own = x.shape[:-3]
-            strides = [0 if n == 1 else s for n, s in zip(own, x.strides)]
+            strides = [0 if n == 1 else s for n, s in zip(own, x.strides[: len(own)], strict=True)]
             row[:] = _offsets_of((*(0,) * (len(shape) - len(own)), *strides), shape)
     return table
 
@@ -381,9 +391,7 @@ def check_positions(
     """Return the position of query 0 in each batch entry, and how far right a query sees."""
     if isinstance(causal, str):
         if causal not in ("bottom_right", "top_left"):
-            raise ValueError(
-                f'causal must be a bool, "bottom_right" or "top_left": got {causal!r}'
-            )
+            raise ValueError(f'causal must be a bool, "bottom_right" or "top_left": got {causal!r}')
     elif not isinstance(causal, bool | np.bool_):
         raise TypeError(
             'causal must be a bool, "bottom_right" or "top_left": '
@@ -461,8 +469,7 @@ def check_states(outputs: Any, lses: Any) -> tuple[list[Array], list[Array]]:
     logs = [as_array(f"lses[{n}]", x) for n, x in enumerate(lses)]
     if not parts or len(parts) != len(logs):
         raise ValueError(
-            "outputs and lses must be as many, and at least one: "
-            f"got {len(parts)} and {len(logs)}"
+            f"outputs and lses must be as many, and at least one: got {len(parts)} and {len(logs)}"
         )
     common_format([f"outputs[{n}]" for n in range(len(parts))], parts)
     common_format([f"lses[{n}]" for n in range(len(logs))], logs)

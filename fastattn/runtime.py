@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+@cache
 def _most_threads() -> int:
     from numba import config
 
@@ -123,9 +125,7 @@ def launch(kernels: Any, kernel: int, record: Any, workers: int) -> None:
 _WARM_UP_AFTER = 1.0
 
 
-def warmup(
-    dtypes: Iterable[DTypeLike] | None = None, progress: bool | None = None
-) -> None:
+def warmup(dtypes: Iterable[DTypeLike] | None = None, progress: bool | None = None) -> None:
     """Compile, or load, what calls with the given dtypes need.
 
     The first call ever of a dtype compiles for some seconds; the code is kept on disk, where later
@@ -172,7 +172,9 @@ def warmup(
 def _draw(done: int, total: int) -> None:
     width = 30
     filled = width * done // total
-    sys.stderr.write(f"\rfastattn: compiling [{'#' * filled}{'.' * (width - filled)}] {done}/{total}")
+    sys.stderr.write(
+        f"\rfastattn: compiling [{'#' * filled}{'.' * (width - filled)}] {done}/{total}"
+    )
     sys.stderr.flush()
 
 

@@ -15,7 +15,7 @@ import stat
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import llvmlite
 import numba
@@ -44,7 +44,7 @@ def _root() -> Path | None:
             return Path(local) / "fastattn" / "cache" if local else None
         base = os.environ.get("XDG_CACHE_HOME")
         # The specification says that a relative path is to be ignored.
-        if base and os.path.isabs(base):
+        if base and Path(base).is_absolute():
             return Path(base) / "fastattn"
         return Path.home() / ".cache" / "fastattn"
     except RuntimeError:
@@ -95,7 +95,7 @@ class _Locator(_CacheLocator):
 
 
 class _Implementation(CompileResultCacheImpl):
-    _locator_classes = [_Locator]
+    _locator_classes: ClassVar = [_Locator]
 
     def __init__(self, py_func: Any, name: str) -> None:
         super().__init__(py_func)
@@ -115,6 +115,7 @@ class CodeCache(FunctionCache):
         return sig, codegen.magic_tuple(), self._kept_name
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return kept code, or None where there is none that works."""
         try:
             return super().load_overload(sig, target_context)
         except Exception:
@@ -122,6 +123,7 @@ class CodeCache(FunctionCache):
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep code, where there is room."""
         try:
             super().save_overload(sig, data)
         except OSError:

@@ -54,7 +54,9 @@ def kernel(*variant: Any) -> Callable[[Callable[..., Any]], int]:
 
     def decorate(function: Callable[..., Any]) -> int:
         name = "_".join(["fastattn", function.__name__, *map(str, variant)])
-        return int(_c_function(name, types.void(types.int64), function).address)
+        compiled = _c_function(name, types.void(types.int64), function)
+        assert compiled.address is not None  # it has been compiled
+        return compiled.address
 
     return decorate
 
@@ -65,7 +67,7 @@ def glue(function: Callable[..., Any]) -> Any:
 
 
 def inline(function: Callable[..., Any]) -> Any:
-    """A few lines that Numba copies into a short caller, instead of compiling them by themselves."""
+    """A few lines that Numba copies into a short caller, not compiled by themselves."""
     return njit(inline="always", **_FLAGS)(function)
 
 

@@ -32,8 +32,23 @@ def _set_term(operand, term):
 
 @glue
 def _fill(
-    q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale, tiles,
-    problems, counter,
+    q,
+    k,
+    v,
+    out,
+    storage,
+    lse,
+    mask,
+    bias,
+    offsets,
+    lengths,
+    positions,
+    left,
+    right,
+    scale,
+    tiles,
+    problems,
+    counter,
 ):
     problem = problems[0]
     _set_operand(problem.q, q, storage)
@@ -65,15 +80,44 @@ def _fill(
 
 @entry()
 def run(
-    q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale, tiles,
+    q,
+    k,
+    v,
+    out,
+    storage,
+    lse,
+    mask,
+    bias,
+    offsets,
+    lengths,
+    positions,
+    left,
+    right,
+    scale,
+    tiles,
     kernel,
 ):
     """Run a kernel on the calling thread."""
     problems = np.empty(1, PROBLEM)
     counter = np.empty(1, np.int64)
     _fill(
-        q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale,
-        tiles, problems, counter,
+        q,
+        k,
+        v,
+        out,
+        storage,
+        lse,
+        mask,
+        bias,
+        offsets,
+        lengths,
+        positions,
+        left,
+        right,
+        scale,
+        tiles,
+        problems,
+        counter,
     )
     call_kernel(kernel, address(data(problems)))
     keep(problems)
@@ -82,13 +126,43 @@ def run(
 
 @entry()
 def describe(
-    q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale, tiles,
-    problems, counter,
+    q,
+    k,
+    v,
+    out,
+    storage,
+    lse,
+    mask,
+    bias,
+    offsets,
+    lengths,
+    positions,
+    left,
+    right,
+    scale,
+    tiles,
+    problems,
+    counter,
 ):
     """Fill a record for ``launch``; it holds addresses: keep the arrays alive until then."""
     _fill(
-        q, k, v, out, storage, lse, mask, bias, offsets, lengths, positions, left, right, scale,
-        tiles, problems, counter,
+        q,
+        k,
+        v,
+        out,
+        storage,
+        lse,
+        mask,
+        bias,
+        offsets,
+        lengths,
+        positions,
+        left,
+        right,
+        scale,
+        tiles,
+        problems,
+        counter,
     )
 
 

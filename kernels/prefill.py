@@ -248,8 +248,16 @@ def prefill(element: types.Float) -> int:
             careful.copy(queries, scratch.s, keys, scratch.kept)
             softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
             careful.values_seen(
-                queries, v, v_step, keys, scratch.kept, scratch.s, scratch.rescale,
-                problem.head_dim_v, tile.o, RUN_WIDE if is_wide else RUN_NARROW,
+                queries,
+                v,
+                v_step,
+                keys,
+                scratch.kept,
+                scratch.s,
+                scratch.rescale,
+                problem.head_dim_v,
+                tile.o,
+                RUN_WIDE if is_wide else RUN_NARROW,
             )
             return
         softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
@@ -359,7 +367,18 @@ def prefill(element: types.Float) -> int:
                     queries, n = tile_shape(t, rows)
                     at = row + t * most_queries
                     attend_block(
-                        problem, item, queries, at, n, key, seen, k, k_step, v, v_step, tile,
+                        problem,
+                        item,
+                        queries,
+                        at,
+                        n,
+                        key,
+                        seen,
+                        k,
+                        k_step,
+                        v,
+                        v_step,
+                        tile,
                         scratch,
                     )
 
@@ -392,7 +411,19 @@ def prefill(element: types.Float) -> int:
         v = on(k, BLOCK_KV * problem.head_dim)
         tiles_at = on(v, BLOCK_KV * problem.head_dim_v)
         scratch = Scratch(
-            s, kept, term, rescale, begin, end, rows, k, v, tiles_at, data(bounds), q_length, v_length,
+            s,
+            kept,
+            term,
+            rescale,
+            begin,
+            end,
+            rows,
+            k,
+            v,
+            tiles_at,
+            data(bounds),
+            q_length,
+            v_length,
             tile_size,
         )
         return scratch, memory, bounds

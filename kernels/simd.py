@@ -17,8 +17,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.ir as ir
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.imputils import lower_builtin
@@ -55,10 +55,12 @@ class Tile(types.Type):
 
     @property
     def vector(self) -> ir.VectorType:
+        """The type of one register."""
         return ir.VectorType(_ir_float(self.element), self.lanes)
 
     @property
     def itemsize(self) -> int:
+        """Bytes of one element."""
         return self.element.bitwidth // 8
 
     def __len__(self) -> int:
@@ -139,27 +141,27 @@ def _vector_at(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, tile: 
 
 
 @intrinsic
-def data(typingctx, array):  # type: ignore[no-untyped-def]
+def data(typingctx, array):
     """Pointer to the first element of an array."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return context.make_array(array)(context, builder, args[0]).data
 
     return types.CPointer(array.dtype)(array), codegen
 
 
 @intrinsic
-def keep(typingctx, array):  # type: ignore[no-untyped-def]
+def keep(typingctx, array):
     """Keep an array until here: Numba frees it after its last use, addresses do not count."""
     return types.void(array), lambda context, builder, sig, args: context.get_dummy_value()
 
 
 @intrinsic
-def pointer(typingctx, address, like):  # type: ignore[no-untyped-def]
+def pointer(typingctx, address, like):
     """The integer ``address`` as a pointer to what ``like``, a scalar or another pointer, is of."""
     result = like if isinstance(like, types.CPointer) else types.CPointer(like)
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return builder.inttoptr(args[0], context.get_value_type(result))
 
     return result(types.intp, like), codegen
@@ -170,8 +172,8 @@ def record_type(dtype: np.dtype) -> Any:
     result = from_dtype(dtype)
 
     @intrinsic
-    def record_at(typingctx, address):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def record_at(typingctx, address):
+        def codegen(context, builder, sig, args):
             return builder.inttoptr(args[0], context.get_value_type(result))
 
         return result(types.intp), codegen
@@ -180,10 +182,10 @@ def record_type(dtype: np.dtype) -> Any:
 
 
 @intrinsic
-def call_kernel(typingctx, kernel, problem):  # type: ignore[no-untyped-def]
+def call_kernel(typingctx, kernel, problem):
     """Call the C function at address ``kernel`` with one integer."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         function = ir.FunctionType(ir.VoidType(), [_i64])
         builder.call(builder.inttoptr(args[0], function.as_pointer()), [args[1]])
         return context.get_dummy_value()
@@ -192,37 +194,37 @@ def call_kernel(typingctx, kernel, problem):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def address(typingctx, pointer):  # type: ignore[no-untyped-def]
+def address(typingctx, pointer):
     """A pointer as an integer."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return builder.ptrtoint(args[0], _i64)
 
     return types.intp(pointer), codegen
 
 
 @intrinsic
-def on(typingctx, pointer, count):  # type: ignore[no-untyped-def]
+def on(typingctx, pointer, count):
     """The pointer ``count`` elements further on."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return builder.gep(args[0], [args[1]])
 
     return pointer(pointer, types.intp), codegen
 
 
 @intrinsic
-def itemsize(typingctx, pointer):  # type: ignore[no-untyped-def]
+def itemsize(typingctx, pointer):
     """Bytes of one element, a constant."""
     size = pointer.dtype.bitwidth // 8
     return types.intp(pointer), lambda context, builder, sig, args: _i64(size)
 
 
 @intrinsic
-def bytes_on(typingctx, pointer, count):  # type: ignore[no-untyped-def]
+def bytes_on(typingctx, pointer, count):
     """The pointer ``count`` bytes further on."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _bytes_on(builder, *args)
 
     return pointer(pointer, types.intp), codegen
@@ -244,10 +246,10 @@ def _accumulators(like: Tile) -> Tile:
 
 def _constant_tile(shape: Callable[[Tile], Tile], value: Callable[[Tile], float], doc: str) -> Any:
     @intrinsic
-    def make(typingctx, like):  # type: ignore[no-untyped-def]
+    def make(typingctx, like):
         tile = shape(like)
 
-        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, sig, args):
             return _pack(builder, tile, [_constant(tile.vector, value(tile))] * len(tile))
 
         return tile(like), codegen
@@ -280,71 +282,59 @@ square = _constant_tile(
 
 
 @intrinsic
-def splat(typingctx, scalar, cols):  # type: ignore[no-untyped-def]
+def splat(typingctx, scalar, cols):
     """One row of ``cols`` registers, every lane ``scalar``."""
     tile = Tile(scalar, 1, _literal(cols))
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _pack(builder, tile, [_splat(builder, args[0], tile.vector)] * len(tile))
 
     return tile(scalar, cols), codegen
 
 
 @intrinsic
-def filled(typingctx, like, scalar):  # type: ignore[no-untyped-def]
+def filled(typingctx, like, scalar):
     """A tile shaped as ``like``, every lane ``scalar``."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _pack(builder, like, [_splat(builder, args[1], like.vector)] * len(like))
 
     return like(like, like.element), codegen
 
 
 @intrinsic
-def repeated(typingctx, like, row):  # type: ignore[no-untyped-def]
+def repeated(typingctx, like, row):
     """A tile shaped as ``like``, every row the same."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _pack(builder, like, _unpack(builder, args[1]) * like.rows)
 
     return like(like, row), codegen
 
 
 @intrinsic
-def row(typingctx, tile, index):  # type: ignore[no-untyped-def]
-    """One row of a tile."""
-    one = Tile(tile.element, 1, tile.cols)
-    first = _literal(index) * tile.cols
-
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return _pack(builder, one, _unpack(builder, args[0])[first : first + tile.cols])
-
-    return one(tile, index), codegen
-
-
-@intrinsic
-def rows(typingctx, tile):  # type: ignore[no-untyped-def]
+def rows(typingctx, tile):
     """The number of rows, a constant."""
     return types.intp(tile), lambda context, builder, sig, args: _i64(tile.rows)
 
 
 @intrinsic
-def lanes(typingctx, tile):  # type: ignore[no-untyped-def]
+def lanes(typingctx, tile):
     """The number of elements in one register, a constant."""
     return types.intp(tile), lambda context, builder, sig, args: _i64(tile.lanes)
 
 
 @intrinsic
-def width(typingctx, tile):  # type: ignore[no-untyped-def]
+def width(typingctx, tile):
     """The number of elements in one row, a constant."""
     return types.intp(tile), lambda context, builder, sig, args: _i64(tile.cols * tile.lanes)
 
 
 @intrinsic
-def load(typingctx, like, pointer, row_step):  # type: ignore[no-untyped-def]
+def load(typingctx, like, pointer, row_step):
     """A tile shaped as ``like`` from rows that lie ``row_step`` elements apart."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         _, base, step = args
         vectors = []
         for row in range(like.rows):
@@ -359,10 +349,10 @@ def load(typingctx, like, pointer, row_step):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store(typingctx, pointer, row_step, tile):  # type: ignore[no-untyped-def]
+def store(typingctx, pointer, row_step, tile):
     """Write a tile to rows that lie ``row_step`` elements apart."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         base, step, value = args
         for n, vector in enumerate(_unpack(builder, value)):
             row, col = divmod(n, tile.cols)
@@ -388,13 +378,13 @@ def _lanewise(builder: ir.IRBuilder, tile: Tile, emit: _Emit, *tiles: ir.Value) 
 def _overload_operator(function: Any, emit: _Emit) -> None:
     @infer_global(function)
     class _Template(AbstractTemplate):
-        def generic(self, args: tuple, kws: dict) -> Any:
+        def generic(self, args: Any, kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Tile) and args[0] == args[1]:
                 return signature(args[0], *args)
             return None
 
     @lower_builtin(function, Tile, Tile)
-    def _lower(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def _lower(context, builder, sig, args):
         return _lanewise(builder, sig.return_type, emit, *args)
 
 
@@ -405,10 +395,10 @@ _overload_operator(operator.truediv, lambda builder, a, b: builder.fdiv(a, b))
 
 
 @intrinsic
-def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def fma(typingctx, a, b, c):
     """``a * b + c``, rounded once where the CPU can."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _lanewise(builder, a, _fma, *args)
 
     return a(a, b, c), codegen
@@ -424,10 +414,10 @@ def _emit_maximum(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def maximum(typingctx, a, b):  # type: ignore[no-untyped-def]
+def maximum(typingctx, a, b):
     """The larger of ``a`` and ``b``; ``b`` where either is NaN."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _lanewise(builder, a, _emit_maximum, *args)
 
     return a(a, b), codegen
@@ -435,8 +425,8 @@ def maximum(typingctx, a, b):  # type: ignore[no-untyped-def]
 
 def _reduction(emit: _Emit, doc: str) -> Any:
     @intrinsic
-    def reduce(typingctx, start, tile):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def reduce(typingctx, start, tile):
+        def codegen(context, builder, sig, args):
             (result,) = _unpack(builder, args[0])
             for vector in _unpack(builder, args[1]):
                 result = emit(builder, result, vector)
@@ -454,34 +444,35 @@ maximum_rows = _reduction(_emit_maximum, "The maximum of ``start`` and every row
 
 
 @intrinsic
-def where_less(typingctx, a, b, yes, no):  # type: ignore[no-untyped-def]
+def where_less(typingctx, a, b, yes, no):
     """``yes`` in the lanes where ``a < b``, else ``no``; ``no`` where ``a`` or ``b`` is NaN."""
 
-    def emit(builder, a, b, yes, no):  # type: ignore[no-untyped-def]
+    def emit(builder, a, b, yes, no):
         return builder.select(builder.fcmp_ordered("<", a, b), yes, no)
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _lanewise(builder, a, emit, *args)
 
     return a(a, b, yes, no), codegen
 
 
 @intrinsic
-def exp(typingctx, x):  # type: ignore[no-untyped-def]
+def exp(typingctx, x):
     """``exp(x)`` for ``x <= 0``, 0 below the range of normal numbers; NaN stays NaN."""
     vector = x.vector
     constants = EXPONENTIALS[str(x.element)]
     bias, mantissa = constants.exponent_bias, constants.mantissa_bits
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         # Each step is emitted for all registers before the next one: the registers are independent,
         # and only a mixture of them hides the latency of a step.
-        def multiply_add(tiles: list, factor: float | list, terms: list) -> list:
-            factors = factor if isinstance(factor, list) else [_constant(vector, factor)] * len(tiles)
-            return [_fma(builder, *each) for each in zip(tiles, factors, terms, strict=True)]
+        def multiply_add(xs, factors, terms):
+            return [_fma(builder, *each) for each in zip(xs, factors, terms, strict=True)]
+
+        def constants_for(value):
+            return [_constant(vector, value)] * len(xs)
 
         xs = _unpack(builder, args[0])
-        count = len(xs)
         # At -bias * log(2) the power of two below is +0: from there on everything underflows to
         # zero, -inf too.
         floor = _constant(vector, -bias * math.log(2))
@@ -489,15 +480,14 @@ def exp(typingctx, x):  # type: ignore[no-untyped-def]
         # Adding 1.5 * 2**mantissa leaves n = round(x log2(e)) in the low bits of the sum; with the
         # exponent's bias added as well, those bits shifted up are 2**n itself.
         magic = _constant(vector, 1.5 * 2.0**mantissa + bias)
-        shifted = multiply_add(xs, math.log2(math.e), [magic] * count)
+        shifted = multiply_add(xs, constants_for(math.log2(math.e)), [magic] * len(xs))
         minus_n = [builder.fsub(magic, each) for each in shifted]
         fractions = xs
         for part in constants.log_2:
-            fractions = multiply_add(minus_n, part, fractions)
-        results = [_constant(vector, constants.coefficients[-1])] * count
+            fractions = multiply_add(minus_n, constants_for(part), fractions)
+        results = constants_for(constants.coefficients[-1])
         for coefficient in constants.coefficients[-2::-1]:
-            term = [_constant(vector, coefficient)] * count
-            results = multiply_add(results, fractions, term)
+            results = multiply_add(results, fractions, constants_for(coefficient))
         integers = ir.VectorType(_i32 if mantissa == 23 else _i64, vector.count)
         shift = _constant(integers, mantissa)
         powers = [
@@ -518,13 +508,14 @@ def exp(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def add_outer(typingctx, acc, a, a_step, b):  # type: ignore[no-untyped-def]
+def add_outer(typingctx, acc, a, a_step, b):
     """``acc[r, :] + a[r] * b[:]`` for every row ``r``.
 
     ``a[r]`` is one element, ``a_step`` bytes apart and broadcast to all lanes;
     ``b`` points to one row. The step of which both products of attention are made.
     """
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+
+    def codegen(context, builder, sig, args):
         sums, a_base, step, b_base = args
         sums = _unpack(builder, sums)
         b_row = [
@@ -546,10 +537,10 @@ def add_outer(typingctx, acc, a, a_step, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def accumulate(typingctx, acc, rescale, pointer, row_step):  # type: ignore[no-untyped-def]
+def accumulate(typingctx, acc, rescale, pointer, row_step):
     """Rows at ``pointer`` become ``row * rescale + acc``, with one row of factors for all."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         sums, factors, base, step = args
         factors = _unpack(builder, factors)
         for n, vector in enumerate(_unpack(builder, sums)):
@@ -564,11 +555,11 @@ def accumulate(typingctx, acc, rescale, pointer, row_step):  # type: ignore[no-u
 
 
 @intrinsic
-def transpose(typingctx, tile):  # type: ignore[no-untyped-def]
+def transpose(typingctx, tile):
     """Rows become lanes; the tile has one column and as many rows as lanes."""
     count = tile.lanes
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         vectors = _unpack(builder, args[0])
         # Swap the off-diagonal blocks of size 2**k, from half the matrix down to single elements.
         step = count // 2
@@ -605,9 +596,9 @@ def _reader(result: types.Type, element: ir.Type, widen: _Emit) -> Any:
     """An intrinsic ``read(base, offset)`` of the element ``offset`` bytes after a pointer."""
 
     @intrinsic
-    def read(typingctx, base, offset):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-            return widen(builder, builder.load(_place(builder, *args, element), align=1))
+    def read(typingctx, base, offset):
+        def codegen(context, builder, sig, args):
+            return widen(builder, builder.load(_place(builder, args[0], args[1], element), align=1))
 
         return result(base, types.intp), codegen
 
@@ -618,8 +609,8 @@ def _writer(result: types.Type, element: ir.Type, narrow: _Emit) -> Any:
     """An intrinsic ``write(base, offset, value)``, the counterpart of ``_reader``."""
 
     @intrinsic
-    def write(typingctx, base, offset, value):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def write(typingctx, base, offset, value):
+        def codegen(context, builder, sig, args):
             at = _place(builder, args[0], args[1], element)
             builder.store(narrow(builder, args[2]), at, align=1)
             return context.get_dummy_value()
@@ -680,10 +671,10 @@ write_bfloat = _writer(types.float32, _i16, _narrow_bfloat)
 
 
 @intrinsic
-def take_ticket(typingctx, counter):  # type: ignore[no-untyped-def]
+def take_ticket(typingctx, counter):
     """Add 1 to the counter in one indivisible step and return what it held before."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return builder.atomic_rmw("add", args[0], _i64(1), "monotonic")
 
     return types.int64(counter), codegen

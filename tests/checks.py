@@ -180,7 +180,7 @@ def naive_in_any_order(
 
 def term_by_term(a: Array, b: Array) -> Array:
     """Return a @ b with every sum taken in the order of its terms."""
-    total = np.zeros(np.broadcast_shapes(a.shape[:-1], b.shape[:-2] + (1,)) + b.shape[-1:], a.dtype)
+    total = np.zeros(np.broadcast_shapes(a.shape[:-1], (*b.shape[:-2], 1)) + b.shape[-1:], a.dtype)
     for n in range(a.shape[-1]):
         total += a[..., :, n : n + 1] * b[..., n : n + 1, :]
     return total

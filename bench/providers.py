@@ -7,7 +7,9 @@ behind it by then. What a provider cannot do, it says with `UnsupportedError`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,12 @@ import fastattn
 
 from .cases import Inputs
 from .machine import THREADS
+
+if importlib.util.find_spec("torch") is not None:
+    # Before Numba starts its threads: it switches nested parallelism on in the system's OpenMP
+    # runtime, and PyTorch shares that runtime, and then starts threads within threads and is
+    # fifty times as slow, unless it has loaded its own runtime by then.
+    importlib.import_module("torch")
 
 
 class UnsupportedError(Exception):

@@ -20,6 +20,7 @@ from fastattn.problem import (
     check,
     check_states,
     check_weights,
+    is_float,
 )
 
 Array = NDArray[Any]
@@ -254,6 +255,10 @@ def scaled_dot_product_attention(
             [0.36, 0.64, 0.  ],
             [0.26, 0.26, 0.47]]], dtype=float32)
     """
+    if not isinstance(dropout_p, int | float | np.number):
+        raise TypeError(f"dropout_p must be a number: got {dropout_p!r}")
+    if not isinstance(is_causal, bool | np.bool_):
+        raise TypeError(f"is_causal must be a bool: got {is_causal!r}")
     if dropout_p != 0.0:
         raise ValueError(f"dropout_p must be 0, this library is for inference: got {dropout_p}")
     q, k, v = (as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
@@ -264,12 +269,28 @@ def scaled_dot_product_attention(
         term = as_array("attn_mask", attn_mask)
         if term.dtype == np.bool_:
             mask = term
-        elif term.dtype.kind in "iuc":
-            raise TypeError(f"attn_mask must be bool or float: got {term.dtype}")
-        else:
+        elif is_float(term.dtype):
             bias = term
-    causal: Causal = "top_left" if is_causal else False
-    return attention(q, k, v, mask=mask, bias=bias, causal=causal, scale=scale)
+        else:
+            raise TypeError(f"attn_mask must be bool or float: got {term.dtype}")
+    problem = check(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        causal="top_left" if is_causal else False,
+        query_offset=None,
+        kv_lengths=None,
+        scale=scale,
+        layout="bhld",
+        return_lse=False,
+        out=None,
+        mask_name="attn_mask",
+        bias_name="attn_mask",
+    )
+    _run(problem)
+    return problem.result
 
 
 def _broadcast_heads(*arrays: Array) -> list[Array]:

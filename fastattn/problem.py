@@ -106,6 +106,8 @@ def check(
     layout: str,
     return_lse: bool,
     out: Array | None,
+    mask_name: str = "mask",
+    bias_name: str = "bias",
 ) -> Problem:
     """Check a call of `attention` against the contract and put it into a kernel's terms."""
     q, k, v = inputs = as_array("query", query), as_array("key", key), as_array("value", value)
@@ -125,8 +127,8 @@ def check(
     score_shape = (*batch_shape, num_heads, seqlen_q, seqlen_kv)
     batch = math.prod(batch_shape)
 
-    masks = None if mask is None else check_mask(mask, score_shape)
-    biases = None if bias is None else check_bias(bias, score_shape)
+    masks = None if mask is None else check_mask(mask_name, mask, score_shape)
+    biases = None if bias is None else check_bias(bias_name, bias, score_shape)
     lengths = _NONE
     if kv_lengths is not None:
         lengths = per_batch("kv_lengths", kv_lengths, batch_shape)
@@ -139,7 +141,7 @@ def check(
         result = np.empty(_caller_shape(shape, layout, one_head), dtype)
     else:
         result = check_out(out, _caller_shape(shape, layout, one_head), dtype)
-        check_overlap(result, inputs, (mask, bias))
+        check_overlap(result, (*inputs, masks, biases))
     o = as_heads("out", result, layout)
     result_lse = None
     lse = _NO_LSE[form.accumulation]
@@ -200,6 +202,11 @@ def known_format(dtype: np.dtype[Any]) -> Format:
     form = _format(dtype)
     assert form is not None
     return form
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Return whether a dtype is one of the floats that are computed in, in any byte order."""
+    return _format(dtype.newbyteorder("=")) is not None
 
 
 def common_format(names: Sequence[str], arrays: Sequence[Array]) -> tuple[np.dtype[Any], Format]:
@@ -302,25 +309,25 @@ def _broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
         ) from None
 
 
-def check_mask(mask: ArrayLike, shape: tuple[int, ...]) -> Array:
+def check_mask(name: str, mask: ArrayLike, shape: Shape) -> Array:
     """Return the mask as a view of the scores' shape."""
-    x = as_array("mask", mask)
+    x = as_array(name, mask)
     if x.dtype != np.bool_:
-        raise TypeError(f"mask must be bool (True = attend), numbers are a bias: got {x.dtype}")
-    return _broadcast("mask", x, shape)
+        raise TypeError(f"{name} must be bool (True = attend), numbers are a bias: got {x.dtype}")
+    return _broadcast(name, x, shape)
 
 
-def check_bias(bias: ArrayLike, shape: tuple[int, ...]) -> Array:
+def check_bias(name: str, bias: ArrayLike, shape: Shape) -> Array:
     """Return the bias as a view of the scores' shape, copied only from what no kernel reads."""
-    x = as_array("bias", bias)
+    x = as_array(name, bias)
     if x.dtype.kind in "iu":
         x = x.astype(_DOUBLE)
     elif not x.dtype.isnative and x.dtype.kind == "f":
         x = x.astype(x.dtype.newbyteorder("="))
     if _format(x.dtype) is None:
         hint = ", a bool array is a mask" if x.dtype == np.bool_ else ""
-        raise TypeError(f"bias must be {_FLOATS} or integer{hint}: got {x.dtype}")
-    return _broadcast("bias", x, shape)
+        raise TypeError(f"{name} must be {_FLOATS} or integer{hint}: got {x.dtype}")
+    return _broadcast(name, x, shape)
 
 
 def _term(x: Array, storage: int) -> Array:
@@ -330,11 +337,12 @@ def _term(x: Array, storage: int) -> Array:
 
 
 @lru_cache(maxsize=256)
-def _offsets_of(strides: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """Return where the entries of broadcast batch axes start, in bytes, in C order."""
-    index = np.indices(shape, sparse=True)
-    total = sum((axis * step for axis, step in zip(index, strides, strict=True)), np.int64(0))
-    return np.broadcast_to(total, shape).reshape(-1)
+def _places(strides: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Return where the elements of an array start, in bytes from the first, in C order."""
+    places = np.zeros((), np.int64)
+    for n, step in zip(shape, strides, strict=True):
+        places = places[..., None] + np.arange(n) * step
+    return places.reshape(-1)
 
 
 def batch_offsets(operands: Sequence[Array | None], shape: tuple[int, ...]) -> Array:
@@ -344,7 +352,7 @@ def batch_offsets(operands: Sequence[Array | None], shape: tuple[int, ...]) -> A
         if x is not None:
             own = x.shape[:-3]
             strides = [0 if n == 1 else s for n, s in zip(own, x.strides[: len(own)], strict=True)]
-            row[:] = _offsets_of((*(0,) * (len(shape) - len(own)), *strides), shape)
+            row[:] = _places((*(0,) * (len(shape) - len(own)), *strides), shape)
     return table
 
 
@@ -356,6 +364,8 @@ def batch_offsets(operands: Sequence[Array | None], shape: tuple[int, ...]) -> A
 def per_batch(name: str, numbers: ArrayLike, batch_shape: tuple[int, ...]) -> Array:
     """Return integers for all batch entries or one for each, as int64 of shape (1,) or (batch,)."""
     x = as_array(name, numbers)
+    if x.dtype == object and isinstance(numbers, int):
+        raise ValueError(f"{name} must fit into 64 bits with a sign: got {numbers!r}")
     if x.dtype.kind not in "iu":
         raise TypeError(f"{name} must be an int or integers: got {x.dtype}")
     if x.dtype == np.uint64 and x.size and x.max() > np.iinfo(np.int64).max:
@@ -410,8 +420,12 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """Return the scale as a float."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, str | bytes):
+        raise TypeError(f"scale must be a real number or None: got {scale!r}")
     try:
         number = float(scale)
+    except OverflowError:
+        raise ValueError(f"scale must be finite: got {scale}") from None
     except (TypeError, ValueError):
         raise TypeError(f"scale must be a real number or None: got {scale!r}") from None
     if not math.isfinite(number):
@@ -440,9 +454,10 @@ def check_weights(
     rows: Any,
 ) -> None:
     """Check a call of `attention_weights`: one of `attention` without values, and the rows."""
-    k = as_array("key", key)
+    q, k = as_array("query", query), as_array("key", key)
+    common_format(("query", "key"), (q, k))
     problem = check(
-        query,
+        q,
         k,
         k,
         mask=mask,
@@ -455,7 +470,13 @@ def check_weights(
         return_lse=False,
         out=None,
     )
-    if rows is None or isinstance(rows, slice):
+    if rows is None:
+        return
+    if isinstance(rows, slice):
+        try:
+            rows.indices(problem.query.shape[2])
+        except TypeError:
+            raise TypeError(f"rows must be an int, a slice or integers: got {rows}") from None
         return
     numbers = as_array("rows", rows)
     if numbers.dtype.kind not in "iu":
@@ -463,10 +484,32 @@ def check_weights(
     check_range("rows", numbers, 0, problem.query.shape[2] - 1)
 
 
+def _iterable(name: str, arrays: Any) -> Any:
+    try:
+        return list(arrays)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a sequence of arrays, or stacked on axis 0: got {arrays!r}"
+        ) from None
+
+
+def check_dtype(name: str, dtype: Any) -> np.dtype[Any]:
+    """Return a dtype that `attention` computes in."""
+    try:
+        checked: np.dtype[Any] = np.dtype(dtype)
+    except TypeError:
+        checked = np.dtype(object)
+    if checked.kind not in "biu" and _format(checked) is None:
+        raise TypeError(f"{name} must be {_FLOATS}, or integer or bool: got {dtype!r}")
+    return checked
+
+
 def check_states(outputs: Any, lses: Any) -> tuple[list[Array], list[Array]]:
     """Check the parts of `merge_states` and return them as arrays."""
-    parts = [as_array(f"outputs[{n}]", x) for n, x in enumerate(outputs)]
-    logs = [as_array(f"lses[{n}]", x) for n, x in enumerate(lses)]
+    parts, logs = (
+        [as_array(f"{name}[{n}]", x) for n, x in enumerate(_iterable(name, arrays))]
+        for name, arrays in (("outputs", outputs), ("lses", lses))
+    )
     if not parts or len(parts) != len(logs):
         raise ValueError(
             f"outputs and lses must be as many, and at least one: got {len(parts)} and {len(logs)}"
@@ -474,7 +517,9 @@ def check_states(outputs: Any, lses: Any) -> tuple[list[Array], list[Array]]:
     common_format([f"outputs[{n}]" for n in range(len(parts))], parts)
     common_format([f"lses[{n}]" for n in range(len(logs))], logs)
     for n, (part, log) in enumerate(zip(parts, logs, strict=True)):
-        if part.ndim == 0 or part.shape != parts[0].shape:
+        if part.ndim == 0:
+            raise ValueError(f"outputs[{n}] must have at least 1 dimension: got shape ()")
+        if part.shape != parts[0].shape:
             raise ValueError(
                 f"outputs[{n}] must have the shape of outputs[0] {parts[0].shape}: got {part.shape}"
             )
@@ -501,16 +546,30 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         raise ValueError(f"out must have the result's shape {shape}: got {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable: got a read-only array")
-    if any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
+    if _overlaps_itself(out):
         raise ValueError(
             f"out must have room for every element: got strides {out.strides} for {out.shape}"
         )
     return out
 
 
-def check_overlap(out: Array, inputs: Sequence[Array], terms: Sequence[ArrayLike | None]) -> None:
+def _overlaps_itself(x: Array) -> bool:
+    """Return whether two elements of an array share memory."""
+    reach = x.itemsize
+    axes = sorted((abs(step), n) for step, n in zip(x.strides, x.shape, strict=True) if n > 1)
+    for step, n in axes:
+        if step < reach:
+            break
+        reach += step * (n - 1)
+    else:
+        return False
+    # Axes that interleave may still miss each other: count the places.
+    places = np.sort(_places.__wrapped__(x.strides, x.shape))
+    return bool((np.diff(places) < x.itemsize).any())
+
+
+def check_overlap(out: Array, inputs: Sequence[Array | None]) -> None:
     """Check that `out` shares no element with what is read."""
-    names = ("query", "key", "value", "mask", "bias")
-    for name, x in zip(names, (*inputs, *terms), strict=True):
-        if isinstance(x, np.ndarray) and np.shares_memory(out, x):
+    for name, x in zip((*_NAMES, "mask", "bias"), inputs, strict=True):
+        if x is not None and np.shares_memory(out, x):
             raise ValueError(f"out must not share memory with {name}")

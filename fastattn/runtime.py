@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from fastattn.problem import check_dtype
+
 _threads: int | None = None
 _in_forked_child = False
 # Numba's workqueue aborts the process when two Python threads launch at once. Before the first
@@ -151,7 +153,11 @@ def warmup(dtypes: Iterable[DTypeLike] | None = None, progress: bool | None = No
     """
     from fastattn.attention import attention
 
-    wanted = [np.dtype(d) for d in (dtypes if dtypes is not None else (np.float32, np.float64))]
+    if dtypes is None:
+        dtypes = (np.float32, np.float64)
+    if isinstance(dtypes, str) or not isinstance(dtypes, Iterable):
+        raise TypeError(f"dtypes must be a sequence of dtypes: got {dtypes!r}")
+    wanted = [check_dtype("dtypes", each) for each in dtypes]
     steps: list[Callable[[], object]] = []
     for dtype in wanted:
         small = np.ones((1, 1, 2, 1), dtype)

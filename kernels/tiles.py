@@ -52,7 +52,7 @@ _int = types.intp
 # How many products are summed one after the other before they are added to the rest. The error of a
 # sum grows with the length of its longest run. A matrix product of many queries sums runs of some
 # hundred, one of few queries short ones: neither is to be more accurate than this.
-RUN_WIDE = 32
+RUN_WIDE = 64
 RUN_NARROW = 8
 
 

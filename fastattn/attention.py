@@ -475,6 +475,7 @@ def _run(problem: Problem) -> None:
         _kernels = _Kernels()
     kernel = _kernels.prefill[problem.format.accumulation]()
     launch = _kernels.launch
+    entries = launch.entries(problem.format.view, problem.format.accumulation)
     tiles, workers = plan(problem, runtime.usable_threads())
     arguments = (
         problem.query,
@@ -494,9 +495,9 @@ def _run(problem: Problem) -> None:
         tiles,
     )
     if workers == 1:
-        launch.run(*arguments, kernel)
+        entries.run(*arguments, kernel)
     else:
         record = np.empty(1, launch.PROBLEM)
         counter = np.empty(1, np.int64)
-        launch.describe(*arguments, record, counter)
+        entries.describe(*arguments, record, counter)
         runtime.launch(launch, kernel, record, workers)

@@ -165,6 +165,7 @@ def warmup(dtypes: Iterable[DTypeLike] | None = None, progress: bool | None = No
         large = np.ones((1, 4, 64, 64), dtype)
         steps += [lambda x=small: attention(x, x, x), lambda x=large: attention(x, x, x)]  # type: ignore[misc]
     begin = time.monotonic()
+    late = False
     for n, step in enumerate(steps):
         late = time.monotonic() - begin > _WARM_UP_AFTER
         if progress or (progress is None and sys.stderr.isatty() and late):
@@ -177,7 +178,7 @@ def warmup(dtypes: Iterable[DTypeLike] | None = None, progress: bool | None = No
 
 def _draw(done: int, total: int) -> None:
     width = 30
-    filled = width * done // total
+    filled = width * done // max(total, 1)
     sys.stderr.write(
         f"\rfastattn: compiling [{'#' * filled}{'.' * (width - filled)}] {done}/{total}"
     )

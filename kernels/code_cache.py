@@ -9,6 +9,7 @@ goes wrong with a file, code is compiled in memory: slower, never wrong.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -119,16 +120,17 @@ class CodeCache(FunctionCache):
         try:
             return super().load_overload(sig, target_context)
         except Exception:
-            # A torn or foreign file: whatever unpickling or linking says, compiling is right.
+            # A torn or foreign file: whatever unpickling or linking says, compiling is right, and
+            # an empty index lets the new code be kept.
+            with contextlib.suppress(Exception):
+                self.flush()
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep code, where there is room."""
-        try:
+        # A full or read-only disk, or another process at the same file: the code is in memory.
+        with contextlib.suppress(Exception):
             super().save_overload(sig, data)
-        except OSError:
-            # A full or read-only disk.
-            return
 
 
 def keep(compiled: Any, py_func: Any, name: str) -> None:

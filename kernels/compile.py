@@ -71,12 +71,17 @@ def inline(function: Callable[..., Any]) -> Any:
     return njit(inline="always", **_FLAGS)(function)
 
 
-def entry(signature: Any = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A function that Python calls; it lets other Python threads run meanwhile."""
+def entry(signature: Any, *variant: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A function that Python calls; it lets other Python threads run meanwhile.
+
+    Compiled, or loaded, when it is defined, for its signature alone.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = njit(nogil=True, **_FLAGS, **options)(function)
-        keep(dispatcher, function, f"fastattn_{function.__name__}")
+        keep(dispatcher, function, "_".join(["fastattn", function.__name__, *map(str, variant)]))
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
         return dispatcher
 
     return decorate

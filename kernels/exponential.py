@@ -23,6 +23,8 @@ class Exponential(NamedTuple):
     # n with the first is exact inside a fused multiply-add; the second is needed where what is
     # missed, times n, shows in the result.
     log_2: tuple[float, ...]
+    # The same for CPUs without it: the first is so short that its product with n is exact.
+    log_2_short: tuple[float, ...]
     coefficients: tuple[float, ...]  # lowest power first
 
 
@@ -31,6 +33,7 @@ EXPONENTIALS: dict[str, Exponential] = {
         23,
         127,
         (0.6931471805599453,),
+        (0.693359375, -2.1219444005469058e-04),
         (
             1.0000000005541662993,
             1.0000000363231764798,
@@ -45,6 +48,7 @@ EXPONENTIALS: dict[str, Exponential] = {
         52,
         1023,
         (0.6931471805599453, 2.3190468138462996e-17),
+        (0.6931471803691238, 1.9082149292705877e-10),
         (
             0.9999999999999999971,
             1.0000000000000000304,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any, NamedTuple
+
 import numpy as np
-from numba import prange
+from numba import prange, types
+from numba.np.numpy_support import from_dtype
 
 from .compile import entry, glue
 from .record import PROBLEM
@@ -78,29 +82,82 @@ def _fill(
     problem.counter = address(data(counter))
 
 
-@entry()
-def run(
-    q,
-    k,
-    v,
-    out,
-    storage,
-    lse,
-    mask,
-    bias,
-    offsets,
-    lengths,
-    positions,
-    left,
-    right,
-    scale,
-    tiles,
-    kernel,
-):
-    """Run a kernel on the calling thread."""
-    problems = np.empty(1, PROBLEM)
-    counter = np.empty(1, np.int64)
-    _fill(
+_records = types.Array(from_dtype(PROBLEM), 1, "C")
+
+
+class Entries(NamedTuple):
+    """The functions that Python calls, for arrays of one dtype."""
+
+    run: Any
+    describe: Any
+
+
+@cache
+def entries(dtype: np.dtype, accumulation: np.dtype) -> Entries:
+    """Compile the ways in for arrays of ``dtype``.
+
+    One signature takes any layout: strided, unaligned, and read-only but for the output.
+    """
+    element = from_dtype(dtype)
+    read = types.Array(element, 4, "A", readonly=True, aligned=False)
+    written = types.Array(element, 4, "A", aligned=False)
+    lse = types.Array(from_dtype(accumulation), 3, "C")
+    integer = types.int64
+    numbers = types.Array(integer, 1, "A", readonly=True)
+    table = types.Array(integer, 2, "C", readonly=True)
+    arguments = (
+        *(read, read, read, written, integer, lse, numbers, numbers, table, numbers, numbers),
+        *(integer, integer, types.float64, integer),
+    )
+    counters = types.Array(integer, 1, "C")
+
+    @entry(types.void(*arguments, integer), dtype)
+    def run(
+        q,
+        k,
+        v,
+        out,
+        storage,
+        lse,
+        mask,
+        bias,
+        offsets,
+        lengths,
+        positions,
+        left,
+        right,
+        scale,
+        tiles,
+        kernel,
+    ):
+        """Run a kernel on the calling thread."""
+        problems = np.empty(1, PROBLEM)
+        counter = np.empty(1, np.int64)
+        _fill(
+            q,
+            k,
+            v,
+            out,
+            storage,
+            lse,
+            mask,
+            bias,
+            offsets,
+            lengths,
+            positions,
+            left,
+            right,
+            scale,
+            tiles,
+            problems,
+            counter,
+        )
+        call_kernel(kernel, address(data(problems)))
+        keep(problems)
+        keep(counter)
+
+    @entry(types.void(*arguments, _records, counters), dtype)
+    def describe(
         q,
         k,
         v,
@@ -118,61 +175,38 @@ def run(
         tiles,
         problems,
         counter,
-    )
-    call_kernel(kernel, address(data(problems)))
-    keep(problems)
-    keep(counter)
+    ):
+        """Fill a record for ``launch``; it holds addresses: keep the arrays alive until then."""
+        _fill(
+            q,
+            k,
+            v,
+            out,
+            storage,
+            lse,
+            mask,
+            bias,
+            offsets,
+            lengths,
+            positions,
+            left,
+            right,
+            scale,
+            tiles,
+            problems,
+            counter,
+        )
+
+    return Entries(run, describe)
 
 
-@entry()
-def describe(
-    q,
-    k,
-    v,
-    out,
-    storage,
-    lse,
-    mask,
-    bias,
-    offsets,
-    lengths,
-    positions,
-    left,
-    right,
-    scale,
-    tiles,
-    problems,
-    counter,
-):
-    """Fill a record for ``launch``; it holds addresses: keep the arrays alive until then."""
-    _fill(
-        q,
-        k,
-        v,
-        out,
-        storage,
-        lse,
-        mask,
-        bias,
-        offsets,
-        lengths,
-        positions,
-        left,
-        right,
-        scale,
-        tiles,
-        problems,
-        counter,
-    )
-
-
-@entry()
+@entry(types.void(types.int64, _records))
 def call(kernel, problems):
     """Run a kernel that ``describe`` prepared on the calling thread."""
     call_kernel(kernel, address(data(problems)))
 
 
-@entry(parallel=True)
+@entry(types.void(types.int64, _records, types.int64), parallel=True)
 def launch(kernel, problems, workers):
     """Run a kernel on ``workers`` threads, each of which takes items until none is left."""
     for _ in prange(workers):

@@ -483,7 +483,7 @@ def exp(typingctx, x):
         shifted = multiply_add(xs, constants_for(math.log2(math.e)), [magic] * len(xs))
         minus_n = [builder.fsub(magic, each) for each in shifted]
         fractions = xs
-        for part in constants.log_2:
+        for part in constants.log_2 if HOST.fused else constants.log_2_short:
             fractions = multiply_add(minus_n, constants_for(part), fractions)
         results = constants_for(constants.coefficients[-1])
         for coefficient in constants.coefficients[-2::-1]:
@@ -625,11 +625,42 @@ def _same(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 
 def _widen_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    return builder.fpext(value, ir.FloatType())
+    if HOST.converts_half:
+        return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+    # Without the instruction LLVM would call a function that Numba's linker does not find. Shifted
+    # into place, exponent and mantissa are the number divided by 2**112, subnormal ones too.
+    bits = builder.zext(value, _i32)
+    shifted = builder.shl(builder.and_(bits, _i32(0x7FFF)), _i32(13))
+    single = ir.FloatType()
+    scaled = builder.fmul(builder.bitcast(shifted, single), single(2.0**112))
+    special = builder.icmp_unsigned(">=", shifted, _i32(0x7C00 << 13))
+    magnitude = builder.select(
+        special, builder.or_(shifted, _i32(0x7F800000)), builder.bitcast(scaled, _i32)
+    )
+    sign = builder.shl(builder.and_(bits, _i32(0x8000)), _i32(16))
+    return builder.bitcast(builder.or_(magnitude, sign), single)
 
 
 def _narrow_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    return builder.fptrunc(value, ir.HalfType())
+    if HOST.converts_half:
+        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), _i16)
+    single = ir.FloatType()
+    bits = builder.bitcast(value, _i32)
+    magnitude = builder.and_(bits, _i32(0x7FFFFFFF))
+    sign = builder.lshr(builder.and_(bits, _i32(0x80000000)), _i32(16))
+    # Normal numbers: another bias, and half a unit more, less what makes ties even.
+    odd = builder.and_(builder.lshr(magnitude, _i32(13)), _i32(1))
+    rebiased = builder.add(magnitude, builder.add(odd, _i32(0xFFF - ((127 - 15) << 23))))
+    normal = builder.lshr(rebiased, _i32(13))
+    # Subnormal ones: the sum with 0.5 rounds at the right place.
+    sum_bits = builder.bitcast(builder.fadd(builder.bitcast(magnitude, single), single(0.5)), _i32)
+    subnormal = builder.sub(sum_bits, _i32(0x3F000000))
+    nan = builder.icmp_unsigned(">", magnitude, _i32(0x7F800000))
+    special = builder.select(nan, _i32(0x7E00), _i32(0x7C00))
+    is_small = builder.icmp_unsigned("<", magnitude, _i32((127 - 14) << 23))
+    is_large = builder.icmp_unsigned(">=", magnitude, _i32((127 + 16) << 23))
+    result = builder.select(is_large, special, builder.select(is_small, subnormal, normal))
+    return builder.trunc(builder.or_(result, sign), _i16)
 
 
 def _widen_bfloat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -656,12 +687,12 @@ def _widen_bool(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 read_float32 = _reader(types.float32, ir.FloatType(), _same)
 read_float64 = _reader(types.float64, ir.DoubleType(), _same)
-read_half = _reader(types.float32, ir.HalfType(), _widen_half)
+read_half = _reader(types.float32, _i16, _widen_half)
 read_bfloat = _reader(types.float32, _i16, _widen_bfloat)
 read_bool = _reader(types.float32, _i8, _widen_bool)
 write_float32 = _writer(types.float32, ir.FloatType(), _same)
 write_float64 = _writer(types.float64, ir.DoubleType(), _same)
-write_half = _writer(types.float32, ir.HalfType(), _narrow_half)
+write_half = _writer(types.float32, _i16, _narrow_half)
 write_bfloat = _writer(types.float32, _i16, _narrow_bfloat)
 
 

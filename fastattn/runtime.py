@@ -106,10 +106,10 @@ def launch(kernels: Any, kernel: int, record: Any, workers: int) -> None:
     """Run a prepared kernel on several threads, or on one where the layer is busy and cannot."""
     global _layer
     if _layer in ("omp", "tbb"):
-        kernels.launch(kernel, record, workers)
+        kernels.launcher()(kernel, record, workers)
     elif _launching.acquire(blocking=False):
         try:
-            kernels.launch(kernel, record, workers)
+            kernels.launcher()(kernel, record, workers)
             if _layer is None:
                 import numba
 

@@ -206,8 +206,14 @@ def call(kernel, problems):
     call_kernel(kernel, address(data(problems)))
 
 
-@entry(types.void(types.int64, _records, types.int64), parallel=True)
-def launch(kernel, problems, workers):
-    """Run a kernel on ``workers`` threads, each of which takes items until none is left."""
-    for _ in prange(workers):
-        call_kernel(kernel, address(data(problems)))
+@cache
+def launcher() -> Any:
+    """Compile, or load, the launch on several threads, which starts Numba's threading layer."""
+
+    @entry(types.void(types.int64, _records, types.int64), parallel=True)
+    def launch(kernel, problems, workers):
+        """Run a kernel on ``workers`` threads, each of which takes items until none is left."""
+        for _ in prange(workers):
+            call_kernel(kernel, address(data(problems)))
+
+    return launch

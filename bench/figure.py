@@ -58,6 +58,8 @@ def draw(rows: list[Row], machine: dict[str, Any]) -> Figure:
     below.xaxis.set_major_formatter("{x:g}")
     below.xaxis.set_minor_locator(NullLocator())
     below.set_xlabel("small calls: microseconds for one, further left is better")
+    if not small:
+        below.remove()
 
     handles, labels = above.get_legend_handles_labels()
     legend = figure.legend(
@@ -81,8 +83,10 @@ def _rows(axes: Axes, rows: list[Row], values: list[dict[str, float]]) -> None:
     for name, (marker, colour, size) in MARKS.items():
         points = [(each[name], y) for y, each in enumerate(values) if name in each]
         if points:
+            xs, ys = zip(*points, strict=True)
             axes.scatter(
-                *zip(*points, strict=True),
+                xs,
+                ys,
                 s=size,
                 marker=marker,
                 color=colour,
@@ -99,7 +103,7 @@ def _rows(axes: Axes, rows: list[Row], values: list[dict[str, float]]) -> None:
             ratios += f", {row['speed_over'][NAIVE.name]:.1f}x {NAIVE.name}"
         _beside(axes, ratios, y)
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.tick_params(axis="both", length=0, labelcolor=INK)
     axes.spines[:].set_visible(False)
     axes.spines["bottom"].set(visible=True, color=RULE)
@@ -107,7 +111,11 @@ def _rows(axes: Axes, rows: list[Row], values: list[dict[str, float]]) -> None:
 
 
 def _beside(axes: Axes, text: str, y: float) -> None:
-    place = {"xycoords": ("axes fraction", "data"), "annotation_clip": False, "va": "center"}
+    place: dict[str, Any] = {
+        "xycoords": ("axes fraction", "data"),
+        "annotation_clip": False,
+        "va": "center",
+    }
     axes.annotate(text, (1.01, y), color=QUIET, fontsize=9, **place)
 
 

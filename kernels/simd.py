@@ -270,7 +270,6 @@ lowest = _constant_tile(_same_shape, _lowest, "The lowest finite number: only -i
 accumulators = _constant_tile(
     _accumulators, lambda _: 0.0, "Zeros as wide as ``like``, as many rows as registers hold."
 )
-column = _constant_tile(_shaped(None, 1), lambda _: 0.0, "Zeros, the first column of ``like``.")
 stack = _constant_tile(
     _shaped(HOST.exp_rows, 1), lambda _: 0.0, "Zeros: as many registers as one exp mixes."
 )

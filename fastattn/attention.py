@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from types import ModuleType
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import reference, runtime
-from fastattn.plan import plan
+from fastattn import reference
 from fastattn.problem import (
     STAGES,
-    UNBOUNDED,
-    Problem,
     as_array,
     check,
     check_states,
     check_weights,
     is_float,
 )
+from fastattn.run import run
 
 Array = NDArray[Any]
 Causal = bool | Literal["bottom_right", "top_left"]
@@ -192,7 +188,7 @@ def attention(
         return_lse=return_lse,
         out=out,
     )
-    _run(problem)
+    run(problem)
     if problem.result_lse is not None:
         return problem.result, problem.result_lse
     return problem.result
@@ -289,7 +285,7 @@ def scaled_dot_product_attention(
         mask_name="attn_mask",
         bias_name="attn_mask",
     )
-    _run(problem)
+    run(problem)
     return problem.result
 
 
@@ -443,61 +439,3 @@ def merge_states(
     ((2, 6, 4), True)
     """
     return reference.merge_states(*check_states(outputs, lses))
-
-
-# ---------------------------------------------------------------------------
-# Running
-# ---------------------------------------------------------------------------
-
-
-class _Kernels:
-    """The compiled code, imported at the first call: Numba takes most of a second to import."""
-
-    def __init__(self) -> None:
-        from fastattn.kernels import launch, prefill
-
-        self.launch: ModuleType = launch
-        self.prefill = {
-            np.dtype(np.float32): cache(lambda: prefill.prefill(prefill.types.float32)),
-            np.dtype(np.float64): cache(lambda: prefill.prefill(prefill.types.float64)),
-        }
-
-
-_kernels: _Kernels | None = None
-
-
-def _run(problem: Problem) -> None:
-    """Plan a checked problem and run it."""
-    global _kernels
-    if problem.out.size == 0 and problem.lse.size == 0:
-        return
-    if _kernels is None:
-        _kernels = _Kernels()
-    kernel = _kernels.prefill[problem.format.accumulation]()
-    launch = _kernels.launch
-    entries = launch.entries(problem.format.view, problem.format.accumulation)
-    tiles, workers = plan(problem, runtime.usable_threads())
-    arguments = (
-        problem.query,
-        problem.key,
-        problem.value,
-        problem.out,
-        problem.format.storage,
-        problem.lse,
-        problem.mask,
-        problem.bias,
-        problem.offsets,
-        problem.lengths,
-        problem.positions,
-        UNBOUNDED,
-        problem.right,
-        problem.scale,
-        tiles,
-    )
-    if workers == 1:
-        entries.run(*arguments, kernel)
-    else:
-        record = np.empty(1, launch.PROBLEM)
-        counter = np.empty(1, np.int64)
-        entries.describe(*arguments, record, counter)
-        runtime.launch(launch, kernel, record, workers)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
-from fastattn.problem import Problem
+from fastattn.problem import Frame
 
 
 class Plan(NamedTuple):
@@ -31,15 +32,13 @@ _TILE_QUERIES = 16
 _ITEMS_PER_WORKER = 4
 
 
-def plan(problem: Problem, threads: int) -> Plan:
+@lru_cache(maxsize=1024)
+def plan(frame: Frame, threads: int) -> Plan:
     """Choose the size of work items and the number of threads."""
-    _, num_heads, seqlen_q, head_dim = problem.query.shape
-    _, num_kv_heads, seqlen_kv, head_dim_v = problem.value.shape
-    work = problem.batch * num_heads * seqlen_q * seqlen_kv * (head_dim + head_dim_v)
+    pairs = frame.batch * frame.num_heads * frame.seqlen_q * frame.seqlen_kv
+    work = pairs * (frame.head_dim + frame.head_dim_v)
     if threads == 1 or work < _SERIAL_WORK:
         return Plan(_MOST_TILES, 1)
-    heads = problem.batch * num_kv_heads
-    rows = num_heads // num_kv_heads * seqlen_q
-    tiles = -(-heads * rows // _TILE_QUERIES)
+    tiles = -(-frame.batch * frame.num_heads * frame.seqlen_q // _TILE_QUERIES)
     per_item = tiles // (threads * _ITEMS_PER_WORKER)
     return Plan(max(1, min(_MOST_TILES, per_item)), min(threads, tiles))

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn.kernels.record import ABSENT, BFLOAT, BOOL, FLOAT32, FLOAT64, HALF, PROBLEM
+
 Array = NDArray[Any]
+Shape = tuple[int, ...]
 
 # A bound that no position reaches, and far from overflow when positions are added to it.
 UNBOUNDED = 1 << 48
@@ -24,7 +28,7 @@ UNBOUNDED = 1 << 48
 class Format(NamedTuple):
     """How elements of one dtype are stored, computed and handed to a kernel."""
 
-    storage: int  # the number that `kernels/staging.py` gives the format
+    storage: int  # a format of `kernels/record.py`
     accumulation: np.dtype[Any]
     view: np.dtype[Any]  # what Numba takes in its place
 
@@ -32,7 +36,6 @@ class Format(NamedTuple):
 _SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 _BITS = np.dtype(np.uint16)
 _FLOATS = "float16, float32, float64 or bfloat16"
-_BOOL = 4
 _NAMES = ("query", "key", "value")
 
 
@@ -40,14 +43,14 @@ _NAMES = ("query", "key", "value")
 def _format(dtype: np.dtype[Any]) -> Format | None:
     """Return the format of a dtype in native byte order; None for what is not a known float."""
     if dtype == _SINGLE:
-        return Format(0, _SINGLE, _SINGLE)
+        return Format(FLOAT32, _SINGLE, _SINGLE)
     if dtype == _DOUBLE and dtype.char == "d":
-        return Format(1, _DOUBLE, _DOUBLE)
+        return Format(FLOAT64, _DOUBLE, _DOUBLE)
     if dtype == np.float16:
-        return Format(2, _SINGLE, _BITS)
+        return Format(HALF, _SINGLE, _BITS)
     # By name: ml_dtypes need not be installed.
     if dtype.name == "bfloat16" and dtype.itemsize == 2:
-        return Format(3, _SINGLE, _BITS)
+        return Format(BFLOAT, _SINGLE, _BITS)
     return None
 
 
@@ -58,6 +61,23 @@ _NATIVE: dict[np.dtype[Any], Format] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What follows from the shapes of a call. The same shapes give the same object."""
+
+    batch_shape: Shape
+    num_heads: int
+    num_kv_heads: int
+    seqlen_q: int
+    seqlen_kv: int
+    head_dim: int
+    head_dim_v: int
+    batch: int
+    scores: Shape  # (batch..., num_heads, seqlen_q, seqlen_kv)
+    result: Shape  # that of the result and its lse, as the caller wants them
+    result_lse: Shape
+
+
 class Problem(NamedTuple):
     """A checked call. Arrays are (batch or 1, heads, rows, elements), strides as they came."""
 
@@ -66,30 +86,18 @@ class Problem(NamedTuple):
     value: Array
     out: Array
     lse: Array  # (batch, num_heads, seqlen_q), or empty where it is not wanted
+    record: Array  # `kernels.record.PROBLEM` as integers; those arrays are still to be placed in it
     format: Format
-    mask: Array  # int64: address, storage, and byte strides for batch, head, query and key
-    bias: Array
-    offsets: Array  # int64 (operand, batch): where batch entries start, (6, 0) for one stride
-    lengths: Array  # int64: keys of each batch entry, or of all, or empty
-    positions: Array  # int64: key at which query 0 of each batch entry stands, or of all
-    right: int  # a query sees keys up to this far behind its position
-    scale: float
-    batch: int
+    frame: Frame
     result: Array  # what the caller gets: out and lse in the caller's shape and layout
     result_lse: Array | None
-    owners: tuple[Any, ...]  # arrays of which the fields above hold addresses only
+    owners: tuple[Any, ...]  # arrays of which the record holds addresses
 
 
-_ABSENT = np.array([0, -1, 0, 0, 0, 0], np.int64)
-_NO_OFFSETS = np.empty((6, 0), np.int64)
-_NONE = np.empty(0, np.int64)
-_ZERO = np.zeros(1, np.int64)
 _NO_LSE: dict[Any, Array] = {
     _SINGLE: np.empty((0, 0, 0), _SINGLE),
     _DOUBLE: np.empty((0, 0, 0), _DOUBLE),
 }
-for _constant in (_ABSENT, _NO_OFFSETS, _NONE, _ZERO):
-    _constant.flags.writeable = False
 
 
 def check(
@@ -120,36 +128,31 @@ def check(
     q = as_heads("query", q, layout)
     k = as_heads("key", k, layout)
     v = as_heads("value", v, layout)
-    batch_shape = check_shapes(q.shape, k.shape, v.shape)
-    num_heads, seqlen_q, head_dim = q.shape[-3:]
-    seqlen_kv, head_dim_v = v.shape[-2:]
-    shape = (*batch_shape, num_heads, seqlen_q, head_dim_v)
-    score_shape = (*batch_shape, num_heads, seqlen_q, seqlen_kv)
-    batch = math.prod(batch_shape)
+    frame = _frame(q.shape, k.shape, v.shape, layout, one_head)
+    batch_shape = frame.batch_shape
 
-    masks = None if mask is None else check_mask(mask_name, mask, score_shape)
-    biases = None if bias is None else check_bias(bias_name, bias, score_shape)
-    lengths = _NONE
+    masks = None if mask is None else check_mask(mask_name, mask, frame.scores)
+    biases = None if bias is None else check_bias(bias_name, bias, frame.scores)
+    length: int | Array = frame.seqlen_kv
     if kv_lengths is not None:
-        lengths = per_batch("kv_lengths", kv_lengths, batch_shape)
-        check_range("kv_lengths", lengths, 0, seqlen_kv)
-    positions, right = check_positions(
-        causal, query_offset, lengths, batch_shape, seqlen_q, seqlen_kv
-    )
+        length = per_batch("kv_lengths", kv_lengths, batch_shape)
+        check_range("kv_lengths", length, 0, frame.seqlen_kv)
+    position, right = check_positions(causal, query_offset, length, frame)
+    number = check_scale(scale, frame.head_dim)
 
     if out is None:
-        result = np.empty(_caller_shape(shape, layout, one_head), dtype)
+        result = np.empty(frame.result, dtype)
     else:
-        result = check_out(out, _caller_shape(shape, layout, one_head), dtype)
+        result = check_out(out, frame.result, dtype)
         check_overlap(result, (*inputs, masks, biases))
     o = as_heads("out", result, layout)
     result_lse = None
     lse = _NO_LSE[form.accumulation]
     if return_lse:
-        lse = np.empty((batch, num_heads, seqlen_q), form.accumulation)
-        result_lse = lse.reshape(shape[-2:-1] if one_head else shape[:-1])
+        lse = np.empty((frame.batch, frame.num_heads, frame.seqlen_q), form.accumulation)
+        result_lse = lse.reshape(frame.result_lse)
 
-    offsets = _NO_OFFSETS
+    offsets = None
     if len(batch_shape) > 1:
         offsets = batch_offsets((q, k, v, o, masks, biases), batch_shape)
         q, k, v, o = (x[(0,) * (x.ndim - 3)][None] if x.size else x for x in (q, k, v, o))
@@ -157,25 +160,93 @@ def check(
         q, k, v, o = (x if x.ndim == 4 else x[None] for x in (q, k, v, o))
     if form.view is _BITS:
         q, k, v, o = (x.view(_BITS) for x in (q, k, v, o))
-    return Problem(
-        q,
-        k,
-        v,
-        o,
-        lse,
-        form,
-        _ABSENT if masks is None else _term(masks, _BOOL),
-        _ABSENT if biases is None else _term(biases, known_format(biases.dtype).storage),
-        offsets,
-        lengths,
-        positions,
-        right,
-        check_scale(scale, head_dim),
-        batch,
-        result,
-        result_lse,
-        (masks, biases),
+
+    owners: tuple[Any, ...] = ()
+    if (
+        masks is None
+        and biases is None
+        and offsets is None
+        and isinstance(length, int)
+        and isinstance(position, int)
+    ):
+        record = _plain_record(frame, form.storage, length, position, right, number)
+    else:
+        owners = (masks, biases, offsets, length, position)
+        record = _plain_record(frame, form.storage, 0, 0, right, number).copy()
+        fields = record.view(PROBLEM)[0]
+        if masks is not None:
+            fields["mask"] = _operand(masks, BOOL)
+        if biases is not None:
+            fields["bias"] = _operand(biases, known_format(biases.dtype).storage)
+        _set_numbers(fields, "length", length)
+        _set_numbers(fields, "position", position)
+        if offsets is not None:
+            fields["offsets"] = offsets.ctypes.data
+    return Problem(q, k, v, o, lse, record, form, frame, result, result_lse, owners)
+
+
+@lru_cache(maxsize=1024)
+def _frame(q: Shape, k: Shape, v: Shape, layout: str, one_head: bool) -> Frame:
+    """Check the shapes (batch..., heads, length, features) of a call."""
+    batch_shape = check_shapes(q, k, v)
+    rows = (*batch_shape, *q[-3:-1])
+    result = (*rows, v[-1])
+    if one_head:
+        result, rows_lse = result[-2:], rows[-1:]
+    else:
+        rows_lse = rows
+        if layout == "blhd":
+            result = (*batch_shape, q[-2], q[-3], v[-1])
+    return Frame(
+        batch_shape=batch_shape,
+        num_heads=q[-3],
+        num_kv_heads=k[-3],
+        seqlen_q=q[-2],
+        seqlen_kv=k[-2],
+        head_dim=q[-1],
+        head_dim_v=v[-1],
+        batch=math.prod(batch_shape),
+        scores=(*rows, k[-2]),
+        result=result,
+        result_lse=rows_lse,
     )
+
+
+@lru_cache(maxsize=1024)
+def _plain_record(
+    frame: Frame, storage: int, length: int, position: int, right: int, scale: float
+) -> Array:
+    """Return the record of a call without arrays of its own, as integers and read-only."""
+    record = np.zeros(1, PROBLEM)
+    fields = record[0]
+    for name in ("q", "k", "v", "out"):
+        fields[name]["storage"] = storage
+    for name in ("mask", "bias"):
+        fields[name]["storage"] = ABSENT
+    fields["batches"] = frame.batch
+    for name in ("num_heads", "num_kv_heads", "seqlen_q", "seqlen_kv", "head_dim", "head_dim_v"):
+        fields[name] = getattr(frame, name)
+    fields["length"] = length
+    fields["position"] = position
+    fields["left"] = UNBOUNDED
+    fields["right"] = right
+    fields["scale"] = scale
+    record.flags.writeable = False
+    return record.view(np.int64)
+
+
+def _operand(x: Array, storage: int) -> tuple[int, ...]:
+    """Return the record of a view of the scores' shape."""
+    batch_step = x.strides[-4] if x.ndim == 4 else 0
+    return (x.ctypes.data, batch_step, *x.strides[-3:], storage)
+
+
+def _set_numbers(fields: Any, name: str, numbers: int | Array) -> None:
+    """Describe a number, or one for each batch entry, in its field of a record."""
+    if isinstance(numbers, int):
+        fields[name] = numbers
+    else:
+        fields[f"{name}s"] = numbers.ctypes.data
 
 
 # ---------------------------------------------------------------------------
@@ -248,20 +319,9 @@ def as_heads(name: str, x: Array, layout: str) -> Array:
     return x.swapaxes(-3, -2)
 
 
-def _caller_shape(shape: tuple[int, ...], layout: str, one_head: bool) -> tuple[int, ...]:
-    if one_head:
-        return shape[-2:]
-    if layout == "blhd":
-        return (*shape[:-3], shape[-2], shape[-3], shape[-1])
-    return shape
-
-
 # ---------------------------------------------------------------------------
 # Shapes
 # ---------------------------------------------------------------------------
-
-
-Shape = tuple[int, ...]
 
 
 def check_shapes(q: Shape, k: Shape, v: Shape) -> Shape:
@@ -330,12 +390,6 @@ def check_bias(name: str, bias: ArrayLike, shape: Shape) -> Array:
     return _broadcast(name, x, shape)
 
 
-def _term(x: Array, storage: int) -> Array:
-    strides = x.strides
-    batch_step = strides[-4] if x.ndim == 4 else 0
-    return np.array([x.ctypes.data, storage, batch_step, *strides[-3:]], np.int64)
-
-
 @lru_cache(maxsize=256)
 def _places(strides: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     """Return where the elements of an array start, in bytes from the first, in C order."""
@@ -361,8 +415,10 @@ def batch_offsets(operands: Sequence[Array | None], shape: tuple[int, ...]) -> A
 # ---------------------------------------------------------------------------
 
 
-def per_batch(name: str, numbers: ArrayLike, batch_shape: tuple[int, ...]) -> Array:
-    """Return integers for all batch entries or one for each, as int64 of shape (1,) or (batch,)."""
+def per_batch(name: str, numbers: ArrayLike, batch_shape: Shape) -> int | Array:
+    """Return one integer for all batch entries, or int64 of shape (batch,) with one for each."""
+    if type(numbers) is int and abs(numbers) <= UNBOUNDED:
+        return numbers
     x = as_array(name, numbers)
     if x.dtype == object and isinstance(numbers, int):
         raise ValueError(f"{name} must fit into 64 bits with a sign: got {numbers!r}")
@@ -371,33 +427,32 @@ def per_batch(name: str, numbers: ArrayLike, batch_shape: tuple[int, ...]) -> Ar
     if x.dtype == np.uint64 and x.size and x.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} must fit into 64 bits with a sign: got {x.max()}")
     x = x.astype(np.int64)
-    if x.ndim == 0:
-        return x.reshape(1)
-    try:
-        return np.ascontiguousarray(np.broadcast_to(x, batch_shape)).reshape(-1)
-    except ValueError:
-        raise ValueError(
-            f"{name} must be one number or broadcast to the batch axes {batch_shape}: "
-            f"got shape {x.shape}"
-        ) from None
+    if x.ndim > 0:
+        try:
+            x = np.ascontiguousarray(np.broadcast_to(x, batch_shape)).reshape(-1)
+        except ValueError:
+            raise ValueError(
+                f"{name} must be one number or broadcast to the batch axes {batch_shape}: "
+                f"got shape {x.shape}"
+            ) from None
+    return int(x.reshape(())) if x.size == 1 else x
 
 
-def check_range(name: str, numbers: Array, low: int, high: int) -> None:
+def check_range(name: str, numbers: int | Array, low: int, high: int) -> None:
     """Check that all numbers lie between two bounds, both allowed."""
-    if numbers.size and (numbers.min() < low or numbers.max() > high):
-        raise ValueError(
-            f"{name} must lie between {low} and {high}: got {numbers.min()} to {numbers.max()}"
-        )
+    if isinstance(numbers, int):
+        least = most = numbers
+    elif numbers.size:
+        least, most = numbers.min(), numbers.max()
+    else:
+        return
+    if least < low or most > high:
+        raise ValueError(f"{name} must lie between {low} and {high}: got {least} to {most}")
 
 
 def check_positions(
-    causal: bool | str,
-    query_offset: ArrayLike | None,
-    lengths: Array,
-    batch_shape: tuple[int, ...],
-    seqlen_q: int,
-    seqlen_kv: int,
-) -> tuple[Array, int]:
+    causal: bool | str, query_offset: ArrayLike | None, length: int | Array, frame: Frame
+) -> tuple[int | Array, int]:
     """Return the position of query 0 in each batch entry, and how far right a query sees."""
     if isinstance(causal, str):
         if causal not in ("bottom_right", "top_left"):
@@ -407,13 +462,13 @@ def check_positions(
             'causal must be a bool, "bottom_right" or "top_left": '
             f"got {causal!r} of type {type(causal).__name__}"
         )
-    positions = _ZERO
+    position: int | Array = 0
     if query_offset is not None:
-        positions = per_batch("query_offset", query_offset, batch_shape)
-        check_range("query_offset", positions, -UNBOUNDED, UNBOUNDED)
+        position = per_batch("query_offset", query_offset, frame.batch_shape)
+        check_range("query_offset", position, -UNBOUNDED, UNBOUNDED)
     elif causal and causal != "top_left":
-        positions = (lengths if lengths.size else np.array([seqlen_kv], np.int64)) - seqlen_q
-    return positions, 0 if causal else UNBOUNDED
+        position = length - frame.seqlen_q
+    return position, 0 if causal else UNBOUNDED
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -474,14 +529,14 @@ def check_weights(
         return
     if isinstance(rows, slice):
         try:
-            rows.indices(problem.query.shape[2])
+            rows.indices(problem.frame.seqlen_q)
         except TypeError:
             raise TypeError(f"rows must be an int, a slice or integers: got {rows}") from None
         return
     numbers = as_array("rows", rows)
     if numbers.dtype.kind not in "iu":
         raise TypeError(f"rows must be an int, a slice or integers: got {numbers.dtype}")
-    check_range("rows", numbers, 0, problem.query.shape[2] - 1)
+    check_range("rows", numbers, 0, problem.frame.seqlen_q - 1)
 
 
 def _iterable(name: str, arrays: Any) -> Any:

@@ -102,9 +102,11 @@ def usable_threads() -> int:
     return get_num_threads()
 
 
-def launch(kernels: Any, kernel: int, record: Any, workers: int) -> None:
-    """Run a prepared kernel on several threads, or on one where the layer is busy and cannot."""
+def launch(kernel: int, record: Any, workers: int) -> None:
+    """Run a kernel on several threads, or on one where the layer is busy and cannot."""
     global _layer
+    from fastattn.kernels import launch as kernels
+
     if _layer in ("omp", "tbb"):
         kernels.launcher()(kernel, record, workers)
     elif _launching.acquire(blocking=False):

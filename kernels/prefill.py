@@ -31,7 +31,7 @@ from numba import types
 from .compile import glue, inline, kernel
 from .host import HOST
 from .modifiers import modifiers
-from .record import problem_at
+from .record import ABSENT, COUNTER_OFFSET, FLOAT32, FLOAT64, PROBLEM
 from .simd import (
     address,
     data,
@@ -40,10 +40,11 @@ from .simd import (
     lanes_of,
     on,
     pointer,
+    record_type,
     take_ticket,
 )
 from .softmax import online_softmax
-from .staging import ABSENT, FLOAT32, FLOAT64, staging
+from .staging import staging
 from .tiles import RUN_NARROW, RUN_WIDE, careful_tiles, tiles
 
 # Keys of one block: K and V of 64 keys with a head_dim of 64 fill the first-level cache together
@@ -53,6 +54,8 @@ BLOCK_KV = 64
 _COLS = HOST.wide[1]
 _BYTE = np.uint8(0)
 _INTEGER = np.int64(0)
+
+problem_at = record_type(PROBLEM)
 
 
 class Item(NamedTuple):
@@ -119,9 +122,11 @@ def _entry(problem, base, batch_step, index, batch):
 def _item(problem, kv_head, batch, size):
     q, k, v, out = problem.q, problem.k, problem.v, problem.out
     mask, bias = problem.mask, problem.bias
-    seqlen_kv = problem.seqlen_kv
+    length, position = problem.length, problem.position
     if problem.lengths != 0:
-        seqlen_kv = pointer(problem.lengths, _INTEGER)[batch * problem.lengths_step]
+        length = pointer(problem.lengths, _INTEGER)[batch]
+    if problem.positions != 0:
+        position = pointer(problem.positions, _INTEGER)[batch]
     lse = problem.lse
     if lse != 0:
         lse += batch * problem.num_heads * problem.seqlen_q * size
@@ -134,8 +139,8 @@ def _item(problem, kv_head, batch, size):
         _entry(problem, mask.base, mask.batch_step, 4, batch),
         _entry(problem, bias.base, bias.batch_step, 5, batch),
         lse,
-        seqlen_kv,
-        pointer(problem.positions, _INTEGER)[batch * problem.positions_step],
+        length,
+        position,
     )
 
 
@@ -440,7 +445,7 @@ def prefill(element: types.Float) -> int:
         chunks = (segment + height - 1) // height
         items = problem.batches * problem.num_kv_heads * segments * chunks
         scratch, memory, bounds = allocate(problem)
-        counter = pointer(problem.counter, _INTEGER)
+        counter = pointer(problem_address + COUNTER_OFFSET, _INTEGER)
         number = take_ticket(counter)
         while number < items:
             # The last chunk first: under causal it sees the most keys.

@@ -2,13 +2,17 @@
 
 A record instead of arguments, so that a kernel is compiled once, whatever the arrays'
 types and whoever calls it: the serial and the parallel launch run the same machine code.
+Python fills it; ``launch`` adds what only arrays know. In a field that a call has no use for
+stands 0, and ABSENT in the storage of an operand.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .simd import record_type
+# Storage formats. A bool is read as what a mask adds to a score: 0 where True, -inf where False.
+FLOAT32, FLOAT64, HALF, BFLOAT, BOOL = range(5)
+ABSENT = -1
 
 # One array of the caller. A stride is 0 along an axis that is broadcast.
 OPERAND = np.dtype(
@@ -18,7 +22,7 @@ OPERAND = np.dtype(
         ("head_step", np.int64),  # head,
         ("row_step", np.int64),  # query or key,
         ("step", np.int64),  # and element
-        ("storage", np.int64),  # a format of ``staging``, or ABSENT
+        ("storage", np.int64),  # one of the formats above, or ABSENT
     ]
 )
 OPERANDS = ("q", "k", "v", "out", "mask", "bias")
@@ -28,6 +32,9 @@ PROBLEM = np.dtype(
     + [
         (name, np.int64)
         for name in (
+            "lse",  # address of (batch, head, query) in the accumulation type
+            "counter",  # the number of the next work item
+            "tiles",  # query tiles of one work item
             "batches",
             "num_heads",
             "num_kv_heads",
@@ -35,20 +42,16 @@ PROBLEM = np.dtype(
             "seqlen_kv",
             "head_dim",
             "head_dim_v",
-            "lse",  # address of (batch, head, query) in the accumulation type, or 0
             "offsets",  # address of (operand, batch) bytes from ``base`` for batch axes that no
-            # single stride describes, or 0
-            "lengths",  # address of the visible keys of each batch entry, or 0
-            "lengths_step",  # 0 where one length serves all
-            "positions",  # address of the key at which query 0 of each batch entry stands
-            "positions_step",
+            # single stride describes
+            "length",  # keys that exist,
+            "lengths",  # or the address of so many of each batch entry
+            "position",  # key at which query 0 stands,
+            "positions",  # or the address of that of each batch entry
             "left",  # query at position p sees keys p - left
             "right",  # to p + right
-            "tiles",  # query tiles of one work item
-            "counter",  # address of the number of the next work item
         )
     ]
     + [("scale", np.float64)]
 )
-
-problem_at = record_type(PROBLEM)
+COUNTER_OFFSET = PROBLEM.fields["counter"][1]  # type: ignore[index]

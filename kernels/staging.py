@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from .compile import inline, routine
+from .record import BFLOAT, FLOAT32, FLOAT64, HALF
 from .simd import (
     lanes,
     load,
@@ -31,10 +32,6 @@ from .simd import (
     write_float64,
     write_half,
 )
-
-# Storage formats. A bool is read as what a mask adds to a score: 0 where True, -inf where False.
-FLOAT32, FLOAT64, HALF, BFLOAT, BOOL = range(5)
-ABSENT = -1
 
 _bytes = types.CPointer(types.uint8)
 _int = types.intp

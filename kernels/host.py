@@ -33,6 +33,7 @@ class Host(NamedTuple):
     wide: tuple[int, int]
     narrow: tuple[int, int]
     exp_rows: int
+    looks_up: bool  # whether a table of two registers can be looked up in one instruction
 
 
 # One multiply-add on 64 bytes, at least as wide as any register known here, and one conversion from
@@ -64,22 +65,22 @@ def detect() -> Host:
     triple, cpu, assembly = _probe_assembly()
     if triple.startswith(("aarch64", "arm64")):
         # 32 registers of 16 bytes: 8 x 3 accumulators, 3 columns, one broadcast.
-        return Host(cpu, "NEON", 16, True, True, (8, 3), (8, 1), 4)
+        return Host(cpu, "NEON", 16, True, True, (8, 3), (8, 1), 4, False)
     fused = re.search(r"\bvfmadd", assembly) is not None
     half = "vcvtph2ps" in assembly
     if "%zmm" in assembly:
-        # 32 registers of 64 bytes. A broadcast is a memory operand of the
-        # multiply-add, so 8 x 2 is ahead of taller tiles, which spill.
-        return Host(cpu, "AVX-512", 64, fused, half, (8, 2), (8, 1), 4)
+        # 32 registers of 64 bytes. 8 x 2 keeps two units with a latency of four busy, and leaves
+        # room: taller tiles spill.
+        return Host(cpu, "AVX-512", 64, fused, half, (8, 2), (8, 1), 8, True)
     if "%ymm" in assembly:
         # 16 registers: 4 x 3 takes all of them (12 + 3 + 1) and has the fewest
         # loads for each multiply-add of all shapes that fit.
-        return Host(cpu, "AVX2" if fused else "AVX", 32, fused, half, (4, 3), (8, 1), 3)
+        return Host(cpu, "AVX2" if fused else "AVX", 32, fused, half, (4, 3), (8, 1), 3, False)
     if "%xmm" in assembly:
         # No fused multiply-add: each product takes one more register, so the
         # tile is one column smaller than under AVX2.
-        return Host(cpu, "SSE", 16, fused, half, (4, 2), (8, 1), 3)
-    return Host(cpu, "generic", 16, fused, half, (4, 2), (4, 1), 3)
+        return Host(cpu, "SSE", 16, fused, half, (4, 2), (8, 1), 3, False)
+    return Host(cpu, "generic", 16, fused, half, (4, 2), (4, 1), 3, False)
 
 
 HOST = detect()

@@ -168,6 +168,7 @@ def prefill(element: types.Float) -> int:
     """Address of the kernel that accumulates in ``element``; compiled at the first call."""
     zero = np.dtype(str(element)).type(0)
     native = FLOAT32 if element == types.float32 else FLOAT64
+    size = element.bitwidth // 8
     register = lanes_of(element)
     most_queries = _COLS * register
     wide = tiles(element, _COLS)
@@ -178,24 +179,55 @@ def prefill(element: types.Float) -> int:
     stage = staging(element)
 
     @glue
+    def is_whole(problem, row, count, queries, operand, length):
+        """Whether the rows of a full tile are of one head and can be read or written in place."""
+        return (
+            count == queries
+            and row % problem.seqlen_q + count <= problem.seqlen_q
+            and operand.storage == native
+            and (operand.step == size or length == 1)
+        )
+
+    @glue
     def begin(problem, item, queries, row, count, tile, scratch):
         """Pack the queries, find what they see, and set the state before any key.
 
         Lanes behind ``count`` hold zeros and see nothing.
         """
+        if is_whole(problem, row, count, queries, problem.q, problem.head_dim):
+            source = pointer(address(_row(problem, item, problem.q, item.q, row)), zero)
+            stage.pack(tile.q, queries, source, problem.q.row_step, problem.head_dim)
+        else:
+            for x in range(queries):
+                packed = on(scratch.rows, x * scratch.q_length)
+                if x < count:
+                    source = _row(problem, item, problem.q, item.q, row + x)
+                    stage.read_row(
+                        packed, source, problem.q.step, problem.head_dim, problem.q.storage
+                    )
+                else:
+                    for d in range(problem.head_dim):
+                        packed[d] = 0
+            stage.transpose_rows(
+                tile.q, queries, scratch.rows, scratch.q_length, queries, scratch.q_length
+            )
+        find_visible(problem, item, queries, row, count, tile)
+        softmax.start(queries, tile.row_max, tile.row_sum, problem.head_dim_v, tile.o)
+
+    @glue
+    def find_visible(problem, item, queries, row, count, tile):
+        """The first and the last key that each query sees, and their extremes in the tile."""
         extent = tile.extent
         extent[0] = item.seqlen_kv
         extent[1] = 0
         extent[2] = item.seqlen_kv
         extent[3] = -1
+        query = row % problem.seqlen_q
         for x in range(queries):
-            packed = on(scratch.rows, x * scratch.q_length)
             first = item.seqlen_kv
             last = np.int64(-1)
             if x < count:
-                source = _row(problem, item, problem.q, item.q, row + x)
-                stage.read_row(packed, source, problem.q.step, problem.head_dim, problem.q.storage)
-                position = (row + x) % problem.seqlen_q + item.position
+                position = query + item.position
                 if position + problem.right >= 0 and position - problem.left < item.seqlen_kv:
                     first = max(position - problem.left, 0)
                     last = min(position + problem.right, item.seqlen_kv - 1)
@@ -203,15 +235,11 @@ def prefill(element: types.Float) -> int:
                 extent[1] = max(extent[1], first)
                 extent[2] = min(extent[2], last)
                 extent[3] = max(extent[3], last)
-            else:
-                for d in range(problem.head_dim):
-                    packed[d] = 0
+                query += 1
+                if query == problem.seqlen_q:
+                    query = 0
             tile.first[x] = first
             tile.last[x] = last
-        stage.transpose_rows(
-            tile.q, queries, scratch.rows, scratch.q_length, queries, scratch.q_length
-        )
-        softmax.start(queries, tile.row_max, tile.row_sum, problem.head_dim_v, tile.o)
 
     @glue
     def add_term(problem, item, operand, base, queries, row, count, key, keys, scratch):
@@ -303,14 +331,18 @@ def prefill(element: types.Float) -> int:
                 for f in range(problem.head_dim_v):
                     tile.o[f * queries + x] = np.nan
         softmax.finish(queries, tile.row_sum, problem.head_dim_v, tile.o)
-        stage.transpose_rows(
-            scratch.rows, scratch.v_length, tile.o, queries, scratch.v_length, queries
-        )
         out = problem.out
-        for x in range(count):
-            target = _row(problem, item, out, item.out, row + x)
-            source = on(scratch.rows, x * scratch.v_length)
-            stage.write_row(target, out.step, source, problem.head_dim_v, out.storage)
+        if is_whole(problem, row, count, queries, out, problem.head_dim_v):
+            target = pointer(address(_row(problem, item, out, item.out, row)), zero)
+            stage.unpack(target, out.row_step, tile.o, queries, problem.head_dim_v)
+        else:
+            stage.transpose_rows(
+                scratch.rows, scratch.v_length, tile.o, queries, scratch.v_length, queries
+            )
+            for x in range(count):
+                target = _row(problem, item, out, item.out, row + x)
+                source = on(scratch.rows, x * scratch.v_length)
+                stage.write_row(target, out.step, source, problem.head_dim_v, out.storage)
         if item.lse != 0:
             lse = pointer(item.lse, tile.row_max)
             for x in range(count):

@@ -348,6 +348,37 @@ def load(typingctx, like, pointer, row_step):
 
 
 @intrinsic
+def load_apart(typingctx, like, pointer, row_step):
+    """A tile shaped as ``like``, of one column, from rows ``row_step`` bytes apart."""
+
+    def codegen(context, builder, sig, args):
+        _, base, step = args
+        vectors = []
+        for row in range(like.rows):
+            at = _bytes_on(builder, base, builder.mul(step, _i64(row)))
+            at = builder.bitcast(at, like.vector.as_pointer())
+            # The caller's memory may have any alignment.
+            vectors.append(builder.load(at, align=1))
+        return _pack(builder, like, vectors)
+
+    return like(like, pointer, types.intp), codegen
+
+
+@intrinsic
+def store_apart(typingctx, pointer, row_step, tile):
+    """Write a tile of one column to rows ``row_step`` bytes apart."""
+
+    def codegen(context, builder, sig, args):
+        base, step, value = args
+        for row, vector in enumerate(_unpack(builder, value)):
+            at = _bytes_on(builder, base, builder.mul(step, _i64(row)))
+            builder.store(vector, builder.bitcast(at, tile.vector.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, tile), codegen
+
+
+@intrinsic
 def store(typingctx, pointer, row_step, tile):
     """Write a tile to rows that lie ``row_step`` elements apart."""
 
@@ -458,47 +489,109 @@ def where_less(typingctx, a, b, yes, no):
 @intrinsic
 def exp(typingctx, x):
     """``exp(x)`` for ``x <= 0``, 0 below the range of normal numbers; NaN stays NaN."""
-    vector = x.vector
-    constants = EXPONENTIALS[str(x.element)]
-    bias, mantissa = constants.exponent_bias, constants.mantissa_bits
+    emit = _exp_by_table if HOST.looks_up else _exp_by_polynomial
 
     def codegen(context, builder, sig, args):
         # Each step is emitted for all registers before the next one: the registers are independent,
         # and only a mixture of them hides the latency of a step.
-        def multiply_add(xs, factors, terms):
-            return [_fma(builder, *each) for each in zip(xs, factors, terms, strict=True)]
-
-        def constants_for(value):
-            return [_constant(vector, value)] * len(xs)
-
-        xs = _unpack(builder, args[0])
-        # At -bias * log(2) the power of two below is +0: from there on everything underflows to
-        # zero, -inf too.
-        floor = _constant(vector, -bias * math.log(2))
-        xs = [_emit_maximum(builder, floor, each) for each in xs]
-        # Adding 1.5 * 2**mantissa leaves n = round(x log2(e)) in the low bits of the sum; with the
-        # exponent's bias added as well, those bits shifted up are 2**n itself.
-        magic = _constant(vector, 1.5 * 2.0**mantissa + bias)
-        shifted = multiply_add(xs, constants_for(math.log2(math.e)), [magic] * len(xs))
-        minus_n = [builder.fsub(magic, each) for each in shifted]
-        fractions = xs
-        for part in constants.log_2 if HOST.fused else constants.log_2_short:
-            fractions = multiply_add(minus_n, constants_for(part), fractions)
-        results = constants_for(constants.coefficients[-1])
-        for coefficient in constants.coefficients[-2::-1]:
-            results = multiply_add(results, fractions, constants_for(coefficient))
-        integers = ir.VectorType(_i32 if mantissa == 23 else _i64, vector.count)
-        shift = _constant(integers, mantissa)
-        powers = [
-            builder.bitcast(builder.shl(builder.bitcast(each, integers), shift), vector)
-            for each in shifted
-        ]
-        # A product, not an addition to the exponent: NaN times anything is NaN.
-        return _pack(
-            builder, x, [builder.fmul(*each) for each in zip(results, powers, strict=True)]
-        )
+        return _pack(builder, x, emit(builder, x, _unpack(builder, args[0])))
 
     return x(x), codegen
+
+
+def _multiply_add(
+    builder: ir.IRBuilder, xs: list[ir.Value], factors: Any, terms: Any
+) -> list[ir.Value]:
+    """``x * factor + term`` for every register; a number stands for a register full of it."""
+    vector = xs[0].type
+    factors, terms = (
+        [_constant(vector, each)] * len(xs) if isinstance(each, float) else each
+        for each in (factors, terms)
+    )
+    return [_fma(builder, *each) for each in zip(xs, factors, terms, strict=True)]
+
+
+def _polynomial(
+    builder: ir.IRBuilder, xs: list[ir.Value], coefficients: tuple[float, ...]
+) -> list[ir.Value]:
+    """A polynomial by Horner's rule, coefficients from the lowest power up."""
+    results = [_constant(xs[0].type, coefficients[-1])] * len(xs)
+    for coefficient in coefficients[-2::-1]:
+        results = _multiply_add(builder, results, xs, coefficient)
+    return results
+
+
+def _reduced(
+    builder: ir.IRBuilder, tile: Tile, xs: list[ir.Value], steps: int, bias: float
+) -> tuple[list[ir.Value], list[ir.Value]]:
+    """``n + bias`` as integers, and ``x - n log(2) / steps`` for ``n = round(x steps / log(2))``.
+
+    Adding 1.5 * 2**mantissa leaves the integer in the low bits of the sum.
+    """
+    constants = EXPONENTIALS[str(tile.element)]
+    vector = xs[0].type
+    magic = 1.5 * 2.0**constants.mantissa_bits + bias
+    shifted = _multiply_add(builder, xs, steps * math.log2(math.e), magic)
+    minus_n = [builder.fsub(_constant(vector, magic), each) for each in shifted]
+    fractions = xs
+    for part in constants.log_2 if HOST.fused else constants.log_2_short:
+        fractions = _multiply_add(builder, minus_n, part / steps, fractions)
+    return [builder.bitcast(each, _integers(vector)) for each in shifted], fractions
+
+
+def _integers(vector: ir.VectorType) -> ir.VectorType:
+    return ir.VectorType(_i32 if vector.element == ir.FloatType() else _i64, vector.count)
+
+
+def _exp_by_polynomial(builder: ir.IRBuilder, tile: Tile, xs: list[ir.Value]) -> list[ir.Value]:
+    constants = EXPONENTIALS[str(tile.element)]
+    vector = tile.vector
+    # Here the power of two below is +0: from there on everything underflows to zero, -inf too.
+    floor = _constant(vector, -constants.exponent_bias * math.log(2))
+    xs = [_emit_maximum(builder, floor, each) for each in xs]
+    # With the exponent's bias added, the integers shifted up are 2**n itself.
+    exponents, fractions = _reduced(builder, tile, xs, 1, constants.exponent_bias)
+    shift = _constant(_integers(vector), constants.mantissa_bits)
+    powers = [builder.bitcast(builder.shl(each, shift), vector) for each in exponents]
+    results = _polynomial(builder, fractions, constants.coefficients)
+    # A product, not an addition to the exponent: NaN times anything is NaN.
+    return [builder.fmul(*each) for each in zip(results, powers, strict=True)]
+
+
+def _exp_by_table(builder: ir.IRBuilder, tile: Tile, xs: list[ir.Value]) -> list[ir.Value]:
+    """``exp(x) = 2**(n // steps) 2**(n % steps / steps) exp(f)``, the second from two registers."""
+    constants = EXPONENTIALS[str(tile.element)]
+    vector, integers = tile.vector, _integers(tile.vector)
+    steps = 2 * tile.lanes
+    shift = constants.mantissa_bits - (steps.bit_length() - 1)
+    # Shifted up, n adds n // steps to the exponent, and n % steps to the bits below it: those are
+    # taken off from the table.
+    powers = (2.0 ** (np.arange(steps) / steps)).astype(str(tile.element))
+    bits = powers.view(f"i{tile.itemsize}").astype(object) - (np.arange(steps) << shift)
+    table = [ir.Constant(integers, list(half)) for half in np.split(bits, 2)]
+    look_up = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(integers, [integers] * 3),
+        f"llvm.x86.avx512.vpermi2var.{'d' if tile.itemsize == 4 else 'q'}.512",
+    )
+
+    numbers, fractions = _reduced(builder, tile, xs, steps, 0.0)
+    found = [builder.call(look_up, [table[0], each, table[1]]) for each in numbers]
+    raised = [builder.shl(each, _constant(integers, shift)) for each in numbers]
+    scales = [
+        builder.bitcast(builder.add(*each), vector) for each in zip(found, raised, strict=True)
+    ]
+    # exp(f) - 1 is so small that its own rounding is lost in that of the result.
+    factors = _polynomial(builder, fractions, constants.table_coefficients)
+    excess = [builder.fmul(*each) for each in zip(factors, fractions, strict=True)]
+    results = _multiply_add(builder, scales, excess, scales)
+    floor = _constant(vector, (1 - constants.exponent_bias) * math.log(2))
+    nothing = _constant(vector, 0.0)
+    return [
+        # Everything below the normal numbers is zero; the comparison is true for NaN.
+        builder.select(builder.fcmp_unordered(">=", x, floor), result, nothing)
+        for x, result in zip(xs, results, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------------

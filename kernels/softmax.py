@@ -86,9 +86,11 @@ def online_softmax(element: types.Float) -> Softmax:
         for x in range(0, queries, lanes(one)):
             s_x = on(s, x)
             old = load(one, on(row_max, x), 0)
-            new = old
+            # One maximum for each row of a step: a single one would wait for itself at every key.
+            highest = repeated(many, old)
             for j in range(0, whole, height):
-                new = maximum_rows(new, load(many, on(s_x, j * queries), queries))
+                highest = maximum(highest, load(many, on(s_x, j * queries), queries))
+            new = maximum_rows(old, highest)
             for j in range(whole, keys):
                 new = maximum(new, load(one, on(s_x, j * queries), 0))
             store(on(row_max, x), 0, new)
@@ -117,8 +119,16 @@ def online_softmax(element: types.Float) -> Softmax:
         for x in range(0, queries, lanes(one)):
             total = load(one, on(row_sum, x), 0)
             divisor = where_less(zeros(one), total, total, ones(one))
+            # One division, and a product for each feature, which is corrected by what it misses.
+            inverse = ones(one) / divisor
+            infinity = zeros(one) - hidden(one)
             for f in range(head_dim_v):
                 at = on(o, f * queries + x)
-                store(at, 0, load(one, at, 0) / divisor)
+                sums = load(one, at, 0)
+                quotient = sums * inverse
+                missing = fma(zeros(one) - quotient, divisor, sums)
+                corrected = fma(missing, inverse, quotient)
+                # Of Inf and NaN nothing is missing.
+                store(at, 0, where_less(missing, infinity, corrected, quotient))
 
     return Softmax(start, update, finish)

@@ -15,8 +15,10 @@ from numba import types
 from .compile import inline, routine
 from .record import BFLOAT, FLOAT32, FLOAT64, HALF
 from .simd import (
+    bytes_on,
     lanes,
     load,
+    load_apart,
     on,
     read_bfloat,
     read_bool,
@@ -26,6 +28,7 @@ from .simd import (
     splat,
     square,
     store,
+    store_apart,
     transpose,
     write_bfloat,
     write_float32,
@@ -81,6 +84,8 @@ class Staging(NamedTuple):
     read_row: Any
     write_row: Any
     transpose_rows: Any
+    pack: Any
+    unpack: Any
 
 
 @cache
@@ -128,4 +133,36 @@ def staging(element: types.Float) -> Staging:
                 tile = load(block, on(source, m * source_step + n), source_step)
                 store(on(target, n * target_step + m), target_step, transpose(tile))
 
-    return Staging(read_row, write_row, transpose_rows)
+    @routine(types.void(pointer, _int, pointer, _int, _int), element)
+    def pack(target, queries, source, row_step, length):
+        """``target[n, m] = source[m, n]``: whole tiles, from rows where the caller has them."""
+        block = square(splat(zero, 1))
+        size = lanes(block)
+        whole = length - length % size
+        for m in range(0, queries, size):
+            rows = bytes_on(source, m * row_step)
+            for n in range(0, whole, size):
+                tile = load_apart(block, on(rows, n), row_step)
+                store(on(target, n * queries + m), queries, transpose(tile))
+        for m in range(queries):
+            row = bytes_on(source, m * row_step)
+            for n in range(whole, length):
+                target[n * queries + m] = row[n]
+
+    @routine(types.void(pointer, _int, pointer, _int, _int), element)
+    def unpack(target, row_step, source, queries, length):
+        """``target[m, n] = source[n, m]``, the counterpart of ``pack``."""
+        block = square(splat(zero, 1))
+        size = lanes(block)
+        whole = length - length % size
+        for m in range(0, queries, size):
+            rows = bytes_on(target, m * row_step)
+            for n in range(0, whole, size):
+                tile = load(block, on(source, n * queries + m), queries)
+                store_apart(on(rows, n), row_step, transpose(tile))
+        for m in range(queries):
+            row = bytes_on(target, m * row_step)
+            for n in range(whole, length):
+                row[n] = source[n * queries + m]
+
+    return Staging(read_row, write_row, transpose_rows, pack, unpack)

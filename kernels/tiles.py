@@ -23,7 +23,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
+from numba import literal_unroll, types
 
 from .compile import glue, routine
 from .simd import (
@@ -94,7 +94,12 @@ def tiles(element: types.Float, cols: int) -> Tiles:
             k_rows = bytes_on(k, j * k_step)
             for start in range(0, head_dim, run):
                 acc = nothing
-                for d in range(start, min(start + run, head_dim)):
+                stop = min(start + run, head_dim)
+                quads = stop - (stop - start) % 4
+                for d in range(start, quads, 4):
+                    for n in literal_unroll((0, 1, 2, 3)):
+                        acc = add_outer(acc, on(k_rows, d + n), k_step, on(q, (d + n) * queries))
+                for d in range(quads, stop):
                     acc = add_outer(acc, on(k_rows, d), k_step, on(q, d * queries))
                 if start > 0:
                     acc = acc + load(acc, s_rows, queries)
@@ -130,7 +135,12 @@ def tiles(element: types.Float, cols: int) -> Tiles:
             factor = load(like, rescale, 0) if start == 0 else ones(like)
             for f in range(0, whole, height):
                 acc = nothing
-                for j in range(start, stop):
+                quads = stop - (stop - start) % 4
+                for j in range(start, quads, 4):
+                    for n in literal_unroll((0, 1, 2, 3)):
+                        v_row = bytes_on(on(v, f), (j + n) * v_step)
+                        acc = add_outer(acc, v_row, itemsize(v), on(p, (j + n) * queries))
+                for j in range(quads, stop):
                     v_row = bytes_on(on(v, f), j * v_step)
                     acc = add_outer(acc, v_row, itemsize(v), on(p, j * queries))
                 accumulate(acc, factor, on(o, f * queries), queries)

@@ -26,9 +26,11 @@ x = np.array({X.tolist()}, np.float32)
 print(fastattn.attention(x, x, x).tolist())
 """
 
-# Another exponential, as an edit of a helper's source: powers of two with nothing in between.
+# Another exponential, as an edit of a helper's source: steps, flat or too steep.
 EDIT = """
-EXPONENTIALS["float32"] = EXPONENTIALS["float32"]._replace(coefficients=(1.0, 0.0))
+EXPONENTIALS["float32"] = EXPONENTIALS["float32"]._replace(
+    coefficients=(1.0, 0.0), table_coefficients=(50.0, 0.0)
+)
 """
 
 HAS_OWNERS = pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")

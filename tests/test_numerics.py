@@ -13,14 +13,9 @@ from numpy.testing import assert_array_equal
 
 import fastattn
 
-# The range down to which exp(x) is taken, and the units in the last place that it may be off. With
-# fused multiply-add 1.84, 4.45 and 0.97 were measured. float32 has no second part of log(2): what
-# is missed, times the exponent, shows in weights that are nothing beside the largest, exp(0).
-ACCURACY_OF_EXP = [
-    pytest.param(np.float32, -30.0, 2, id="float32"),
-    pytest.param(np.float32, -np.inf, 5, id="float32-tiny"),
-    pytest.param(np.float64, -np.inf, 2, id="float64"),
-]
+# Units in the last place that exp(x) may be off, down to the smallest normal result. With AVX-512
+# 1.75 and 1.04 were measured, without its tables less.
+ULPS_OF_EXP = 2
 
 
 def fused_exp(x):
@@ -50,16 +45,15 @@ def arguments_of_exp(dtype):
     return np.concatenate([x, -(2.0 ** rng.uniform(-60, 9, 100_000))])
 
 
-@pytest.mark.parametrize(("dtype", "lowest", "most_ulps"), ACCURACY_OF_EXP)
-def test_exp_in_units_in_the_last_place(dtype, lowest, most_ulps):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exp_in_units_in_the_last_place(dtype):
     wide = np.float64 if dtype == np.float32 else np.longdouble
     if np.finfo(wide).eps == np.finfo(dtype).eps:
         pytest.skip("longdouble is float64 here: nothing to measure float64 with")
     x = arguments_of_exp(dtype)
-    x = x[x >= lowest]
     truth = np.exp(x.astype(wide))
     ulps = np.abs(fused_exp(x) - truth) / np.spacing(truth.astype(dtype))
-    assert ulps.max() <= most_ulps  # a NaN is not
+    assert ulps.max() <= ULPS_OF_EXP  # a NaN is not
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

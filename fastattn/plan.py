@@ -22,14 +22,14 @@ _SERIAL_WORK = 300_000
 # Query tiles of one work item, at most. A block of keys and values is read from the second-level
 # cache once for all of them, and converted once where it is stored in 16 bits; with more, their
 # queries and sums no longer fit beside it.
-_MOST_TILES = 4
+_MOST_TILES = 8
 
 # Queries of one tile, at least, on any instruction set: for counting items without asking Numba.
 _TILE_QUERIES = 16
 
 # Work items for each thread, at least: threads take items until none is left, so that the last
 # to finish is late by one item.
-_ITEMS_PER_WORKER = 4
+_ITEMS_PER_WORKER = 8
 
 
 @lru_cache(maxsize=1024)

@@ -194,6 +194,24 @@ def call_kernel(typingctx, kernel, problem):
 
 
 @intrinsic
+def prefetch_to_write(typingctx, pointer):
+    """Ask for the cache line that a pointer, to anywhere, is in: it will be written."""
+
+    def codegen(context, builder, sig, args):
+        at = builder.bitcast(args[0], _i8.as_pointer())
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [at.type, _i32, _i32, _i32]),
+            "llvm.prefetch.p0i8",
+        )
+        write, all_levels, data = _i32(1), _i32(3), _i32(1)
+        builder.call(function, [at, write, all_levels, data])
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
+@intrinsic
 def address(typingctx, pointer):
     """A pointer as an integer."""
 

@@ -1,24 +1,39 @@
 """Attention for NumPy arrays on the CPU: fused, parallel, compiled by Numba."""
 
-from fastattn import reference
+from fastattn import plot, reference
 from fastattn.attention import (
     attention,
     attention_weights,
     merge_states,
     scaled_dot_product_attention,
 )
+from fastattn.layers import MultiHeadAttention
+from fastattn.positions import (
+    alibi_slopes,
+    apply_rotary,
+    embed_tokens,
+    rotary_table,
+    sinusoidal_positions,
+)
 from fastattn.runtime import get_num_threads, set_num_threads, show_versions, warmup
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MultiHeadAttention",
+    "alibi_slopes",
+    "apply_rotary",
     "attention",
     "attention_weights",
+    "embed_tokens",
     "get_num_threads",
     "merge_states",
+    "plot",
     "reference",
+    "rotary_table",
     "scaled_dot_product_attention",
     "set_num_threads",
     "show_versions",
+    "sinusoidal_positions",
     "warmup",
 ]

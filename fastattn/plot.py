@@ -383,7 +383,7 @@ def _figure(width: float, height: float) -> Figure:
         raise ImportError(
             "fastattn.plot needs the package matplotlib: pip install 'fastattn[plot]'"
         ) from error
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return Figure(figsize=(width, height), dpi=150, layout="compressed")
 
 
 def _figure_of(ax: Axes) -> Figure:
@@ -450,7 +450,7 @@ def _add_scale(
 ) -> None:
     """Add the scale of shades beside axes that fill an area, pointed where weights go beyond it."""
     darkest = image.norm.vmax
-    beyond = bool(np.nanmax(weights) > darkest)
+    beyond = bool((weights > darkest).any())
     thick, shrink = 0.18, 0.8
     along, over = (height, width) if orientation == "vertical" else (width, height)
     _figure_of(axes[0]).colorbar(
@@ -559,7 +559,7 @@ def _label(axis: Any, labels: list[str] | None, count: int, inches: float) -> No
     if labels is None:
         from matplotlib.ticker import MaxNLocator
 
-        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return
     room = 72 * inches / count
     letters = min(max(0.7 * room, _SMALLEST_LETTERS), _LARGEST_LETTERS)

@@ -127,12 +127,7 @@ def embedded(sentence: str, features: int = 12, seed: int = 0) -> tuple[list[str
     vocabulary = sorted(set(words))
     table = np.random.default_rng(seed).standard_normal((len(vocabulary), features))
     numbers = [vocabulary.index(word) for word in words]
-
-    angles = np.arange(len(words))[:, None] / 10000.0 ** (np.arange(0, features, 2) / features)
-    positions = np.empty((len(words), features))
-    positions[:, 0::2] = np.sin(angles)
-    positions[:, 1::2] = np.cos(angles)
-    return words, table[numbers] + positions
+    return words, fastattn.embed_tokens(numbers, table)
 
 
 class MultiHead(NamedTuple):

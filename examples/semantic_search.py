@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from minilm import (
     HEADS,
     HIDDEN,
@@ -286,26 +284,10 @@ def sentence_attention(
 
 def save_heat_map(path: Path, pieces: Sequence[str], weights: np.ndarray, title: str) -> None:
     """Draw weights (queries, keys) as a grid of shades with the word pieces along both axes."""
-    # A third of an inch per word piece is readable; a very long sentence gets a large picture with
-    # small letters, not an enormous one. Letters of 60 points an inch stay clear of the next row.
-    side = min(3.0 + 0.33 * len(pieces), 30.0)
-    points = min(10.0, 60.0 * (side - 3.0) / len(pieces))
-    figure = Figure(figsize=(side + 1.0, side), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
     # Most heads park their attention on [CLS] or [SEP] when they have nothing to say. The darkest
     # shade is the largest weight between words, or the picture would show little else than that.
-    words = weights[1:-1, 1:-1]
-    darkest = words.max() if words.size else weights.max()
-    image = axes.imshow(weights, cmap="Blues", vmin=0.0, vmax=darkest)
-    ticks = range(len(pieces))
-    axes.set_xticks(ticks, pieces, rotation=90, fontsize=points)
-    axes.set_yticks(ticks, pieces, fontsize=points)
-    axes.set_xlabel("key: the word piece that is looked at")
-    axes.set_ylabel("query: the word piece that looks")
-    axes.set_title(title)
-    label = f"attention weight (darkest: {darkest:.2f} and more)"
-    figure.colorbar(image, ax=axes, label=label, extend="max", shrink=0.8)
-    FigureCanvasAgg(figure).print_png(path)
+    darkest = float(weights[1:-1, 1:-1].max(initial=0.0)) or None
+    fastattn.plot.heat_map(weights, pieces, vmax=darkest, title=title).savefig(path)
 
 
 def positive(text: str) -> int:

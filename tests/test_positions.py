@@ -375,10 +375,10 @@ ERRORS = [
         (function, {"length": 4, "dim": 8, name: value}, error, message)
         for function in (sinusoidal_positions, rotary_table)
         for name, value, error, message in (
-            ("length", 4.0, TypeError, r"^length must be an int: got 4\.0 of type float$"),
-            ("length", True, TypeError, r"^length must be an int: got True of type bool$"),
+            ("length", 4.0, TypeError, r"^length must be an int: got 4\.0"),
+            ("length", True, TypeError, r"^length must be an int: got True"),
             ("length", -1, ValueError, r"^length must be at least 0: got -1$"),
-            ("dim", "8", TypeError, r"^dim must be an int: got '8' of type str$"),
+            ("dim", "8", TypeError, r"^dim must be an int: got '8'"),
             ("dim", 0, ValueError, r"^dim must be at least [12]: got 0$"),
             ("offset", 0.5, TypeError, r"^offset must be an int: got 0\.5"),
             ("base", "10", TypeError, r"^base must be a real number: got '10'"),

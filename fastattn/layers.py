@@ -282,7 +282,9 @@ class MultiHeadAttention:
         for short, name in names.items():
             parts, whole = _FROM_TORCH[short], _from_tensor(name, state_dict[name])
             if whole.ndim == 0 or len(whole) % len(parts):
-                raise ValueError(f"{name} must have 3 * embed_dim rows: got shape {whole.shape}")
+                raise ValueError(
+                    f"{name} must have {len(parts)} * embed_dim rows: got shape {whole.shape}"
+                )
             arrays |= zip(parts, (x.T for x in np.split(whole, len(parts))), strict=True)
         if not {"w_q", "w_k", "w_v", "w_o"} <= arrays.keys():
             raise ValueError(

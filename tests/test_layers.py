@@ -4,6 +4,7 @@ import math
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -65,6 +66,20 @@ def torch_layer(embed_dim, num_heads, dtype="float32", *, seed=0, **keywords):
     return module
 
 
+def written_out(module):
+    """Return the weights of a module as `textbook` takes them, read by hand."""
+    size = module.embed_dim
+    state = {name: x.double().numpy() for name, x in module.state_dict().items()}
+    weights = {"w_o": state["out_proj.weight"].T, "b_o": state.get("out_proj.bias")}
+    for n, letter in enumerate("qkv"):
+        rows = slice(n * size, (n + 1) * size)
+        packed, biases = state.get("in_proj_weight"), state.get("in_proj_bias")
+        own = state[f"{letter}_proj_weight"] if packed is None else packed[rows]
+        weights |= {f"w_{letter}": own.T, f"b_{letter}": None if biases is None else biases[rows]}
+    heads = module.num_heads
+    return SimpleNamespace(**weights, num_heads=heads, num_kv_heads=heads, head_dim=size // heads)
+
+
 def torch_call(module, *inputs, **keywords):
     """Return torch's (output, weights) as arrays in float64."""
     dtype = module.out_proj.weight.dtype
@@ -111,7 +126,7 @@ class TestAgainstTorch:
         output, weights = layer(*inputs, need_weights=True, **keywords)
         full = [inputs[0]] * 3 if len(inputs) == 1 else inputs
         full = [*full, full[-1]] if len(full) == 2 else full
-        truths = textbook(layer, *inputs, visible=visible)
+        truths = textbook(written_out(module), *inputs, visible=visible)
         torchs = torch_call(module, *full, **(theirs or {}))
         for ours, their, truth in zip((output, weights), torchs, truths, strict=True):
             assert ours.dtype == layer.w_q.dtype

@@ -220,30 +220,30 @@ def prefill(element: types.Float) -> int:
 
     @glue
     def find_visible(problem, item, queries, row, count, tile):
-        """The first and the last key that each query sees, and their extremes in the tile."""
+        """The first and the last key that each query sees, and their extremes in the tile.
+
+        Where the first is behind the last, a query sees nothing, as lanes behind ``count`` do.
+        """
         extent = tile.extent
-        extent[0] = item.seqlen_kv
-        extent[1] = 0
-        extent[2] = item.seqlen_kv
-        extent[3] = -1
-        query = row % problem.seqlen_q
-        for x in range(queries):
-            first = item.seqlen_kv
-            last = np.int64(-1)
-            if x < count:
-                position = query + item.position
-                if position + problem.right >= 0 and position - problem.left < item.seqlen_kv:
-                    first = max(position - problem.left, 0)
-                    last = min(position + problem.right, item.seqlen_kv - 1)
-                extent[0] = min(extent[0], first)
-                extent[1] = max(extent[1], first)
-                extent[2] = min(extent[2], last)
-                extent[3] = max(extent[3], last)
-                query += 1
-                if query == problem.seqlen_q:
-                    query = 0
-            tile.first[x] = first
-            tile.last[x] = last
+        extent[0], extent[1] = item.seqlen_kv, 0
+        extent[2], extent[3] = item.seqlen_kv, -1
+        start = 0
+        while start < count:
+            # A stretch of one head: both ends rise with the query, and LLVM sees whole registers.
+            query = (row + start) % problem.seqlen_q
+            stop = min(count, start + problem.seqlen_q - query)
+            position = query + item.position
+            for x in range(start, stop):
+                tile.first[x] = max(position + (x - start) - problem.left, 0)
+                tile.last[x] = min(position + (x - start) + problem.right, item.seqlen_kv - 1)
+            extent[0] = min(extent[0], tile.first[start])
+            extent[1] = max(extent[1], tile.first[stop - 1])
+            extent[2] = min(extent[2], tile.last[start])
+            extent[3] = max(extent[3], tile.last[stop - 1])
+            start = stop
+        for x in range(count, queries):
+            tile.first[x] = item.seqlen_kv
+            tile.last[x] = -1
 
     @glue
     def add_term(problem, item, operand, base, queries, row, count, key, keys, scratch):

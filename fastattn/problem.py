@@ -221,7 +221,7 @@ def _plain_record(
     fields = record[0]
     for name in ("q", "k", "v", "out"):
         fields[name]["storage"] = storage
-    for name in ("mask", "bias"):
+    for name in ("mask", "bias", "k_scale", "v_scale"):
         fields[name]["storage"] = ABSENT
     fields["batches"] = frame.batch
     for name in ("num_heads", "num_kv_heads", "seqlen_q", "seqlen_kv", "head_dim", "head_dim_v"):

@@ -22,7 +22,8 @@ class Host(NamedTuple):
     features), cols are vectors of queries. A step of the inner loop loads
     ``rows + cols`` registers for ``rows * cols`` multiply-adds, and needs
     ``rows * cols + cols + 1`` registers. ``exp_rows`` registers go through one exp2
-    together, to hide its latency without spilling.
+    together, to hide its latency without spilling. ``sums`` is how many dot products of
+    rows are summed at a time, lane by lane: half of the registers, a multiple of the lanes.
     """
 
     cpu: str
@@ -33,6 +34,7 @@ class Host(NamedTuple):
     wide: tuple[int, int]
     narrow: tuple[int, int]
     exp_rows: int
+    sums: int
     looks_up: bool  # whether a table of two registers can be looked up in one instruction
 
 
@@ -65,22 +67,22 @@ def detect() -> Host:
     triple, cpu, assembly = _probe_assembly()
     if triple.startswith(("aarch64", "arm64")):
         # 32 registers of 16 bytes: 8 x 3 accumulators, 3 columns, one broadcast.
-        return Host(cpu, "NEON", 16, True, True, (8, 3), (8, 1), 4, False)
+        return Host(cpu, "NEON", 16, True, True, (8, 3), (8, 1), 4, 16, False)
     fused = re.search(r"\bvfmadd", assembly) is not None
     half = "vcvtph2ps" in assembly
     if "%zmm" in assembly:
         # 32 registers of 64 bytes. 8 x 2 keeps two units with a latency of four busy, and leaves
         # room: taller tiles spill.
-        return Host(cpu, "AVX-512", 64, fused, half, (8, 2), (8, 1), 8, True)
+        return Host(cpu, "AVX-512", 64, fused, half, (8, 2), (8, 1), 8, 16, True)
     if "%ymm" in assembly:
         # 16 registers: 4 x 3 takes all of them (12 + 3 + 1) and has the fewest
         # loads for each multiply-add of all shapes that fit.
-        return Host(cpu, "AVX2" if fused else "AVX", 32, fused, half, (4, 3), (8, 1), 3, False)
+        return Host(cpu, "AVX2" if fused else "AVX", 32, fused, half, (4, 3), (8, 1), 3, 8, False)
     if "%xmm" in assembly:
         # No fused multiply-add: each product takes one more register, so the
         # tile is one column smaller than under AVX2.
-        return Host(cpu, "SSE", 16, fused, half, (4, 2), (8, 1), 3, False)
-    return Host(cpu, "generic", 16, fused, half, (4, 2), (4, 1), 3, False)
+        return Host(cpu, "SSE", 16, fused, half, (4, 2), (8, 1), 3, 8, False)
+    return Host(cpu, "generic", 16, fused, half, (4, 2), (4, 1), 3, 8, False)
 
 
 HOST = detect()

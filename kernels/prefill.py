@@ -28,53 +28,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from .compile import glue, inline, kernel
+from .compile import glue, kernel
 from .host import HOST
-from .modifiers import modifiers
-from .record import ABSENT, COUNTER_OFFSET, FLOAT32, FLOAT64, PROBLEM
+from .items import BLOCK_KV, between, head_and_query, item_of, problem_at, row_at
+from .record import COUNTER_OFFSET, FLOAT32, FLOAT64
 from .simd import (
     address,
-    bytes_on,
     data,
     itemsize,
     keep,
     lanes_of,
     on,
     pointer,
-    prefetch_to_write,
-    record_type,
     take_ticket,
 )
 from .softmax import online_softmax
 from .staging import staging
-from .tiles import RUN_NARROW, RUN_WIDE, careful_tiles, tiles
-
-# Keys of one block: K and V of 64 keys with a head_dim of 64 fill the first-level cache together
-# with the scores. A multiple of every number of lanes.
-BLOCK_KV = 64
-
-LINE = 64  # bytes of a cache line, at least
+from .tiles import RUN_NARROW, RUN_WIDE, careful_tiles, nonfinite_counter, tiles
 
 _COLS = HOST.wide[1]
-_BYTE = np.uint8(0)
 _INTEGER = np.int64(0)
-
-problem_at = record_type(PROBLEM)
-
-
-class Item(NamedTuple):
-    """What a work item is about: one kv head of one batch entry."""
-
-    kv_head: int
-    q: int  # addresses of the batch entry in every array
-    k: int
-    v: int
-    out: int
-    mask: int
-    bias: int
-    lse: int
-    seqlen_kv: int
-    position: int  # key at which query 0 stands
 
 
 class QueryTile(NamedTuple):
@@ -109,60 +82,6 @@ class Scratch(NamedTuple):
 
 
 # ---------------------------------------------------------------------------
-# Addresses
-# ---------------------------------------------------------------------------
-
-
-@glue
-def _entry(problem, base, batch_step, index, batch):
-    """Address of one batch entry of an array."""
-    if problem.offsets != 0:
-        offsets = pointer(problem.offsets, _INTEGER)
-        return base + offsets[index * problem.batches + batch]
-    return base + batch * batch_step
-
-
-@inline
-def _item(problem, kv_head, batch, size):
-    q, k, v, out = problem.q, problem.k, problem.v, problem.out
-    mask, bias = problem.mask, problem.bias
-    length, position = problem.length, problem.position
-    if problem.lengths != 0:
-        length = pointer(problem.lengths, _INTEGER)[batch]
-    if problem.positions != 0:
-        position = pointer(problem.positions, _INTEGER)[batch]
-    lse = problem.lse
-    if lse != 0:
-        lse += batch * problem.num_heads * problem.seqlen_q * size
-    return Item(
-        kv_head,
-        _entry(problem, q.base, q.batch_step, 0, batch),
-        _entry(problem, k.base, k.batch_step, 1, batch),
-        _entry(problem, v.base, v.batch_step, 2, batch),
-        _entry(problem, out.base, out.batch_step, 3, batch),
-        _entry(problem, mask.base, mask.batch_step, 4, batch),
-        _entry(problem, bias.base, bias.batch_step, 5, batch),
-        lse,
-        length,
-        position,
-    )
-
-
-@glue
-def _head_and_query(problem, item, row):
-    """The rows of a kv head are the queries of its first query head, then of its second..."""
-    group_size = problem.num_heads // problem.num_kv_heads
-    return item.kv_head * group_size + row // problem.seqlen_q, row % problem.seqlen_q
-
-
-@glue
-def _row(problem, item, operand, base, row):
-    """A row of q, out, mask or bias."""
-    head, query = _head_and_query(problem, item, row)
-    return pointer(base + head * operand.head_step + query * operand.row_step, _BYTE)
-
-
-# ---------------------------------------------------------------------------
 # The kernel
 # ---------------------------------------------------------------------------
 
@@ -178,8 +97,9 @@ def prefill(element: types.Float) -> int:
     wide = tiles(element, _COLS)
     narrow = tiles(element, 1)
     careful = careful_tiles(element)
+    count_nonfinite = nonfinite_counter(element)
     softmax = online_softmax(element)
-    modify = modifiers(element)
+    parts = between(element)
     stage = staging(element)
 
     @glue
@@ -199,13 +119,13 @@ def prefill(element: types.Float) -> int:
         Lanes behind ``count`` hold zeros and see nothing.
         """
         if is_whole(problem, row, count, queries, problem.q, problem.head_dim):
-            source = pointer(address(_row(problem, item, problem.q, item.q, row)), zero)
+            source = pointer(address(row_at(problem, item, problem.q, item.q, row)), zero)
             stage.pack(tile.q, queries, source, problem.q.row_step, problem.head_dim)
         else:
             for x in range(queries):
                 packed = on(scratch.rows, x * scratch.q_length)
                 if x < count:
-                    source = _row(problem, item, problem.q, item.q, row + x)
+                    source = row_at(problem, item, problem.q, item.q, row + x)
                     stage.read_row(
                         packed, source, problem.q.step, problem.head_dim, problem.q.storage
                     )
@@ -215,46 +135,8 @@ def prefill(element: types.Float) -> int:
             stage.transpose_rows(
                 tile.q, queries, scratch.rows, scratch.q_length, queries, scratch.q_length
             )
-        find_visible(problem, item, queries, row, count, tile)
+        parts.find_bounds(problem, item, queries, row, count, tile)
         softmax.start(queries, tile.row_max, tile.row_sum, problem.head_dim_v, tile.o)
-
-    @glue
-    def find_visible(problem, item, queries, row, count, tile):
-        """The first and the last key that each query sees, and their extremes in the tile.
-
-        Where the first is behind the last, a query sees nothing, as lanes behind ``count`` do.
-        """
-        extent = tile.extent
-        extent[0], extent[1] = item.seqlen_kv, 0
-        extent[2], extent[3] = item.seqlen_kv, -1
-        start = 0
-        while start < count:
-            # A stretch of one head: both ends rise with the query, and LLVM sees whole registers.
-            query = (row + start) % problem.seqlen_q
-            stop = min(count, start + problem.seqlen_q - query)
-            position = query + item.position
-            for x in range(start, stop):
-                tile.first[x] = max(position + (x - start) - problem.left, 0)
-                tile.last[x] = min(position + (x - start) + problem.right, item.seqlen_kv - 1)
-            extent[0] = min(extent[0], tile.first[start])
-            extent[1] = max(extent[1], tile.first[stop - 1])
-            extent[2] = min(extent[2], tile.last[start])
-            extent[3] = max(extent[3], tile.last[stop - 1])
-            start = stop
-        for x in range(count, queries):
-            tile.first[x] = item.seqlen_kv
-            tile.last[x] = -1
-
-    @glue
-    def add_term(problem, item, operand, base, queries, row, count, key, keys, scratch):
-        """Add a mask or bias, read through the caller's strides, to a score tile."""
-        for x in range(count):
-            source = on(_row(problem, item, operand, base, row + x), key * operand.step)
-            stage.read_row(
-                on(scratch.rows, x * BLOCK_KV), source, operand.step, keys, operand.storage
-            )
-        stage.transpose_rows(scratch.term, queries, scratch.rows, BLOCK_KV, queries, keys)
-        modify.add_bias(queries, scratch.s, keys, scratch.term)
 
     @glue
     def attend_block(
@@ -266,22 +148,8 @@ def prefill(element: types.Float) -> int:
             wide.scores(k, k_step, keys, tile.q, problem.head_dim, problem.scale, scratch.s)
         else:
             narrow.scores(k, k_step, keys, tile.q, problem.head_dim, problem.scale, scratch.s)
-        some_hidden = False
-        bias = problem.bias
-        if bias.storage != ABSENT:
-            add_term(problem, item, bias, item.bias, queries, row, count, key, keys, scratch)
-            some_hidden = True
-        mask = problem.mask
-        if mask.storage != ABSENT:
-            add_term(problem, item, mask, item.mask, queries, row, count, key, keys, scratch)
-            some_hidden = True
-        if tile.extent[1] > key or tile.extent[2] < key + keys - 1:
-            for x in range(queries):
-                scratch.begin[x] = max(tile.first[x] - key, 0)
-                scratch.end[x] = min(max(tile.last[x] - key, -1), BLOCK_KV)
-            modify.hide_outside(queries, scratch.s, keys, scratch.begin, scratch.end)
-            some_hidden = True
-        if some_hidden and careful.count_nonfinite(v, v_step, keys, problem.head_dim_v) > 0:
+        some_hidden = parts.modify(problem, item, queries, row, count, key, keys, tile, scratch)
+        if some_hidden and count_nonfinite(v, v_step, keys, problem.head_dim_v) > 0:
             careful.copy(queries, scratch.s, keys, scratch.kept)
             softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
             careful.values_seen(
@@ -305,29 +173,10 @@ def prefill(element: types.Float) -> int:
             narrow.values(*product)
 
     @glue
-    def sees_a_key(problem, item, row, first, last, term):
-        """Whether any key is visible to a row: asked only of rows whose scores are all -inf."""
-        for key in range(first, last + 1):
-            visible = True
-            mask = problem.mask
-            if mask.storage != ABSENT:
-                source = on(_row(problem, item, mask, item.mask, row), key * mask.step)
-                stage.read_row(term, source, mask.step, 1, mask.storage)
-                visible = term[0] != -np.inf
-            bias = problem.bias
-            if bias.storage != ABSENT:
-                source = on(_row(problem, item, bias, item.bias, row), key * bias.step)
-                stage.read_row(term, source, bias.step, 1, bias.storage)
-                visible = visible and term[0] != -np.inf
-            if visible:
-                return True
-        return False
-
-    @glue
     def finish(problem, item, queries, row, count, tile, scratch):
         """Divide by the sums, transpose, write the rows and their lse."""
         for x in range(count):
-            if tile.row_max[x] == -np.inf and sees_a_key(
+            if tile.row_max[x] == -np.inf and parts.sees_a_key(
                 problem, item, row + x, tile.first[x], tile.last[x], scratch.term
             ):
                 # Every visible score is -inf: as in the textbook form, -inf - -inf is NaN.
@@ -337,20 +186,20 @@ def prefill(element: types.Float) -> int:
         softmax.finish(queries, tile.row_sum, problem.head_dim_v, tile.o)
         out = problem.out
         if is_whole(problem, row, count, queries, out, problem.head_dim_v):
-            target = pointer(address(_row(problem, item, out, item.out, row)), zero)
+            target = pointer(address(row_at(problem, item, out, item.out, row)), zero)
             stage.unpack(target, out.row_step, tile.o, queries, problem.head_dim_v)
         else:
             stage.transpose_rows(
                 scratch.rows, scratch.v_length, tile.o, queries, scratch.v_length, queries
             )
             for x in range(count):
-                target = _row(problem, item, out, item.out, row + x)
+                target = row_at(problem, item, out, item.out, row + x)
                 source = on(scratch.rows, x * scratch.v_length)
                 stage.write_row(target, out.step, source, problem.head_dim_v, out.storage)
         if item.lse != 0:
             lse = pointer(item.lse, tile.row_max)
             for x in range(count):
-                head, query = _head_and_query(problem, item, row + x)
+                head, query = head_and_query(problem, item, row + x)
                 lse[head * problem.seqlen_q + query] = tile.row_max[x] + math.log(tile.row_sum[x])
 
     @glue
@@ -364,35 +213,12 @@ def prefill(element: types.Float) -> int:
         return QueryTile(q, o, row_max, on(row_max, most_queries), first, last, extent)
 
     @glue
-    def block(operand, base, kv_head, length, key, keys, staged):
-        """A block of K or V and the bytes between its rows: in place, or converted to scratch."""
-        start = base + kv_head * operand.head_step + key * operand.row_step
-        if operand.storage == native and (operand.step == itemsize(staged) or length == 1):
-            return pointer(start, staged), operand.row_step
-        for j in range(keys):
-            source = pointer(start + j * operand.row_step, _BYTE)
-            stage.read_row(on(staged, j * length), source, operand.step, length, operand.storage)
-        return staged, length * itemsize(staged)
-
-    @glue
     def tile_shape(index, rows):
         """Lanes and queries of a tile: what fits into one register of queries is narrow."""
         rest = rows - index * most_queries
         if rest <= register:
             return register, rest
         return most_queries, min(most_queries, rest)
-
-    @glue
-    def ask_for_output(problem, item, row, count, step, steps):
-        """Ask for this step's share of the rows that a tile writes when all steps are done.
-
-        Waiting for them then would take 3% of the time, and all at once would hold up the keys.
-        """
-        out = problem.out
-        for x in range(count * step // steps, count * (step + 1) // steps):
-            target = _row(problem, item, out, item.out, row + x)
-            for line in range(0, problem.head_dim_v * out.step, LINE):
-                prefetch_to_write(bytes_on(target, line))
 
     @glue
     def attend_rows(problem, item, row, rows, scratch):
@@ -407,22 +233,20 @@ def prefill(element: types.Float) -> int:
             first_key = min(first_key, tile.extent[0])
             last_key = max(last_key, tile.extent[3])
 
-        first_block, end_block = first_key // BLOCK_KV, last_key // BLOCK_KV + 1
-        for index in range(first_block, end_block):
-            key = index * BLOCK_KV
+        for key in range(first_key // BLOCK_KV * BLOCK_KV, last_key + 1, BLOCK_KV):
             keys = min(BLOCK_KV, last_key + 1 - key)
             head = item.kv_head
-            k, k_step = block(problem.k, item.k, head, problem.head_dim, key, keys, scratch.k)
-            v, v_step = block(problem.v, item.v, head, problem.head_dim_v, key, keys, scratch.v)
+            k, k_step = parts.block(problem.k, item.k, head, problem.head_dim, key, keys, scratch.k)
+            v, v_step = parts.block(
+                problem.v, item.v, head, problem.head_dim_v, key, keys, scratch.v
+            )
             for t in range(count):
                 tile = query_tile(scratch, t)
-                queries, n = tile_shape(t, rows)
-                at = row + t * most_queries
-                step, steps = index - first_block, end_block - first_block
-                ask_for_output(problem, item, at, n, step, steps)
                 # Keys behind the last that any query of the tile sees are not looked at.
                 seen = min(keys, tile.extent[3] + 1 - key)
                 if seen > 0 and tile.extent[0] < key + seen:
+                    queries, n = tile_shape(t, rows)
+                    at = row + t * most_queries
                     attend_block(
                         problem,
                         item,
@@ -505,7 +329,7 @@ def prefill(element: types.Float) -> int:
             head = number // chunks
             kv_head = head // segments % problem.num_kv_heads
             batch = head // segments // problem.num_kv_heads
-            item = _item(problem, kv_head, batch, itemsize(scratch.s))
+            item = item_of(problem, kv_head, batch, itemsize(scratch.s))
             row = head % segments * segment + chunk * height
             attend_rows(problem, item, row, min(height, segment - chunk * height), scratch)
             number = take_ticket(counter)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 # Storage formats. A bool is read as what a mask adds to a score: 0 where True, -inf where False.
-FLOAT32, FLOAT64, HALF, BFLOAT, BOOL = range(5)
+FLOAT32, FLOAT64, HALF, BFLOAT, BOOL, INT8 = range(6)
 ABSENT = -1
 
 # One array of the caller. A stride is 0 along an axis that is broadcast.
@@ -25,7 +25,7 @@ OPERAND = np.dtype(
         ("storage", np.int64),  # one of the formats above, or ABSENT
     ]
 )
-OPERANDS = ("q", "k", "v", "out", "mask", "bias")
+OPERANDS = ("q", "k", "v", "out", "mask", "bias", "k_scale", "v_scale")
 
 PROBLEM = np.dtype(
     [(name, OPERAND) for name in OPERANDS]
@@ -50,8 +50,17 @@ PROBLEM = np.dtype(
             "positions",  # or the address of that of each batch entry
             "left",  # query at position p sees keys p - left
             "right",  # to p + right
+            "states",  # decode: address of what is known after each chunk of keys, if there are
+            "finished",  # several; and of how many are done, for each kv head of each batch entry
         )
     ]
     + [("scale", np.float64)]
 )
+
+# Keys of one chunk of decode. Small enough to share one long sequence between many cores, large
+# enough for what is kept of each to be little: two rows of V, in the size of 2 CHUNK rows read.
+CHUNK = 512
+
+# Where a kernel, and Python, find fields of a record of integers.
+STATES, FINISHED = (PROBLEM.fields[name][1] // 8 for name in ("states", "finished"))  # type: ignore[index]
 COUNTER_OFFSET = PROBLEM.fields["counter"][1]  # type: ignore[index]

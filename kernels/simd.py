@@ -12,6 +12,7 @@ memory are in bytes, as NumPy counts them; steps in scratch memory in elements.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -194,24 +195,6 @@ def call_kernel(typingctx, kernel, problem):
 
 
 @intrinsic
-def prefetch_to_write(typingctx, pointer):
-    """Ask for the cache line that a pointer, to anywhere, is in: it will be written."""
-
-    def codegen(context, builder, sig, args):
-        at = builder.bitcast(args[0], _i8.as_pointer())
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [at.type, _i32, _i32, _i32]),
-            "llvm.prefetch.p0i8",
-        )
-        write, all_levels, data = _i32(1), _i32(3), _i32(1)
-        builder.call(function, [at, write, all_levels, data])
-        return context.get_dummy_value()
-
-    return types.void(pointer), codegen
-
-
-@intrinsic
 def address(typingctx, pointer):
     """A pointer as an integer."""
 
@@ -229,6 +212,27 @@ def on(typingctx, pointer, count):
         return builder.gep(args[0], [args[1]])
 
     return pointer(pointer, types.intp), codegen
+
+
+@intrinsic
+def prefetch_rows(typingctx, like, base, row_step):
+    """Ask for the cache line at each row of ``like``, ``row_step`` bytes apart; never faults."""
+
+    def codegen(context, builder, sig, args):
+        byte = _i8.as_pointer()
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [byte, _i32, _i32, _i32]),
+            "llvm.prefetch.p0",
+        )
+        start = builder.bitcast(args[1], byte)
+        for row in range(like.rows):
+            at = builder.gep(start, [builder.mul(args[2], _i64(row))])
+            # To read, into every level, as data.
+            builder.call(function, [at, _i32(0), _i32(3), _i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(like, base, types.intp), codegen
 
 
 @intrinsic
@@ -307,6 +311,17 @@ def splat(typingctx, scalar, cols):
         return _pack(builder, tile, [_splat(builder, args[0], tile.vector)] * len(tile))
 
     return tile(scalar, cols), codegen
+
+
+@intrinsic
+def shaped(typingctx, like, rows, cols):
+    """Zeros, ``rows x cols`` registers of the element of ``like``."""
+    tile = Tile(like.element, _literal(rows), _literal(cols))
+
+    def codegen(context, builder, sig, args):
+        return _pack(builder, tile, [_constant(tile.vector, 0.0)] * len(tile))
+
+    return tile(like, rows, cols), codegen
 
 
 @intrinsic
@@ -491,6 +506,32 @@ add_rows = _reduction(_emit_add, "``start`` plus every row of a tile of one colu
 maximum_rows = _reduction(_emit_maximum, "The maximum of ``start`` and every row.")
 
 
+def _across(emit: _Emit, doc: str) -> Any:
+    @intrinsic
+    def across(typingctx, tile):
+        def codegen(context, builder, sig, args):
+            vectors = _unpack(builder, args[0])
+            result = vectors[0]
+            for vector in vectors[1:]:
+                result = emit(builder, result, vector)
+            step = tile.lanes
+            while step > 1:
+                step //= 2
+                order = [(lane + step) % tile.lanes for lane in range(tile.lanes)]
+                indices = ir.Constant(ir.VectorType(_i32, tile.lanes), order)
+                result = emit(builder, result, builder.shuffle_vector(result, result, indices))
+            return builder.extract_element(result, _i32(0))
+
+        return tile.element(tile), codegen
+
+    across.__doc__ = doc
+    return across
+
+
+sum_across = _across(_emit_add, "The sum of all elements of a tile: registers, then halves.")
+maximum_across = _across(_emit_maximum, "The largest element of a tile; anything where one is NaN.")
+
+
 @intrinsic
 def where_less(typingctx, a, b, yes, no):
     """``yes`` in the lanes where ``a < b``, else ``no``; ``no`` where ``a`` or ``b`` is NaN."""
@@ -617,6 +658,24 @@ def _exp_by_table(builder: ir.IRBuilder, tile: Tile, xs: list[ir.Value]) -> list
 # ---------------------------------------------------------------------------
 
 
+def _add_outer(
+    builder: ir.IRBuilder,
+    acc: Tile,
+    sums: list[ir.Value],
+    a_base: ir.Value,
+    a_step: ir.Value,
+    b_row: list[ir.Value],
+) -> ir.Value:
+    for row in range(acc.rows):
+        at = _bytes_on(builder, a_base, builder.mul(a_step, _i64(row)))
+        # The caller's memory may have any alignment.
+        element = _splat(builder, builder.load(at, align=1), acc.vector)
+        for col in range(acc.cols):
+            n = row * acc.cols + col
+            sums[n] = _fma(builder, element, b_row[col], sums[n])
+    return _pack(builder, acc, sums)
+
+
 @intrinsic
 def add_outer(typingctx, acc, a, a_step, b):
     """``acc[r, :] + a[r] * b[:]`` for every row ``r``.
@@ -627,23 +686,87 @@ def add_outer(typingctx, acc, a, a_step, b):
 
     def codegen(context, builder, sig, args):
         sums, a_base, step, b_base = args
-        sums = _unpack(builder, sums)
         b_row = [
             builder.load(
                 _vector_at(builder, b_base, _i64(col * acc.lanes), acc), align=acc.itemsize
             )
             for col in range(acc.cols)
         ]
-        for row in range(acc.rows):
-            at = _bytes_on(builder, a_base, builder.mul(step, _i64(row)))
-            # The caller's memory may have any alignment.
-            element = _splat(builder, builder.load(at, align=1), acc.vector)
-            for col in range(acc.cols):
-                n = row * acc.cols + col
-                sums[n] = _fma(builder, element, b_row[col], sums[n])
-        return _pack(builder, acc, sums)
+        return _add_outer(builder, acc, _unpack(builder, sums), a_base, step, b_row)
 
     return acc(acc, a, types.intp, b), codegen
+
+
+@intrinsic
+def add_row(typingctx, acc, a, a_step, row):
+    """``acc[r, :] + a[r] * row[:]``: ``add_outer`` with a row that is in registers."""
+
+    def codegen(context, builder, sig, args):
+        sums, a_base, step, row = args
+        return _add_outer(builder, acc, _unpack(builder, sums), a_base, step, _unpack(builder, row))
+
+    return acc(acc, a, types.intp, row), codegen
+
+
+@intrinsic
+def sum_lanes(typingctx, acc):
+    """The sum of every row's lanes: register ``n``, lane ``r`` holds that of row ``n * lanes + r``.
+
+    Every row is summed in the same order: both halves, then both halves of what is left.
+    """
+    count = acc.lanes
+    result = Tile(acc.element, acc.rows // count, 1)
+
+    def codegen(context, builder, sig, args):
+        def halves(first, second, step):
+            # Each group of 2 * step lanes becomes step lanes of ``first``, then step of ``second``.
+            low = [
+                lane // (2 * step) * 2 * step + lane % step + (count if lane & step else 0)
+                for lane in range(count)
+            ]
+            orders = (low, [lane + step for lane in low])
+            return builder.fadd(
+                *(
+                    builder.shuffle_vector(
+                        first, second, ir.Constant(ir.VectorType(_i32, count), order)
+                    )
+                    for order in orders
+                )
+            )
+
+        vectors = _unpack(builder, args[0])
+        sums = []
+        for start in range(0, acc.rows, count):
+            level = vectors[start : start + count]
+            while len(level) > 1:
+                step = len(level) // 2
+                level = [halves(level[n], level[n + step], step) for n in range(step)]
+            sums += level
+        return _pack(builder, result, sums)
+
+    return result(acc), codegen
+
+
+@intrinsic
+def store_parts(typingctx, pointer, step, tile, parts):
+    """Write the elements of a tile as so many equal parts, ``step`` elements apart."""
+    length = len(tile) * tile.lanes // _literal(parts)
+    piece = min(length, tile.lanes)
+
+    def codegen(context, builder, sig, args):
+        base, step, value, _ = args
+        part = ir.VectorType(_ir_float(tile.element), piece)
+        for n in range(0, len(tile) * tile.lanes, piece):
+            vector = _unpack(builder, value)[n // tile.lanes]
+            order = [n % tile.lanes + lane for lane in range(piece)]
+            indices = ir.Constant(ir.VectorType(_i32, piece), order)
+            chosen = builder.shuffle_vector(vector, vector, indices)
+            index = builder.add(builder.mul(step, _i64(n // length)), _i64(n % length))
+            at = builder.bitcast(builder.gep(base, [index]), part.as_pointer())
+            builder.store(chosen, at, align=tile.itemsize)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, tile, parts), codegen
 
 
 @intrinsic
@@ -788,6 +911,99 @@ def _narrow_bfloat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.trunc(builder.lshr(chosen, _i32(16)), _i16)
 
 
+def _bytes_of(element: ir.Type) -> int:
+    if isinstance(element, ir.IntType):
+        return int(element.width) // 8
+    return 4 if element == ir.FloatType() else 8
+
+
+def _dots(element: ir.Type, widen: _Emit) -> Any:
+    """An intrinsic for a step of many dot products with rows of stored elements."""
+
+    @intrinsic
+    def add_dots(typingctx, acc, base, row_step, b):
+        """``acc[m * n + r] + sum(a[r] * b[m])``, lane by lane.
+
+        ``a`` are ``n`` stored rows, ``row_step`` bytes apart, as long as those of the tile ``b``.
+        """
+        stored = ir.VectorType(element, acc.lanes)
+        size = _bytes_of(element)
+        count = acc.rows // b.rows
+
+        def codegen(context, builder, sig, args):
+            sums, at, step, b_rows = args
+            sums, b_rows = _unpack(builder, sums), _unpack(builder, b_rows)
+            # Each register is used where it is loaded: LLVM keeps the order, and registers are few.
+            for row, col in itertools.product(range(count), range(b.cols)):
+                start = builder.add(builder.mul(step, _i64(row)), _i64(col * acc.lanes * size))
+                place = _place(builder, at, start, stored)
+                vector = widen(builder, builder.load(place, align=1))
+                for m in range(b.rows):
+                    n = m * count + row
+                    sums[n] = _fma(builder, vector, b_rows[m * b.cols + col], sums[n])
+            return _pack(builder, acc, sums)
+
+        return acc(acc, base, types.intp, b), codegen
+
+    return add_dots
+
+
+def _loader(element: ir.Type, widen: _Emit) -> Any:
+    """An intrinsic that loads a tile from rows of stored elements, ``row_step`` bytes apart."""
+
+    @intrinsic
+    def load_stored(typingctx, like, base, row_step):
+        stored = ir.VectorType(element, like.lanes)
+        size = _bytes_of(element)
+
+        def codegen(context, builder, sig, args):
+            vectors = []
+            for row in range(like.rows):
+                for col in range(like.cols):
+                    start = builder.mul(args[2], _i64(row))
+                    offset = builder.add(start, _i64(col * like.lanes * size))
+                    at = _place(builder, args[1], offset, stored)
+                    vectors.append(widen(builder, builder.load(at, align=1)))
+            return _pack(builder, like, vectors)
+
+        return like(like, base, types.intp), codegen
+
+    return load_stored
+
+
+def _widen_halves(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    count = vector.type.count
+    halves = builder.bitcast(vector, ir.VectorType(ir.HalfType(), count))
+    return builder.fpext(halves, ir.VectorType(ir.FloatType(), count))
+
+
+def _widen_bfloats(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    count = vector.type.count
+    wide = ir.VectorType(_i32, count)
+    shifted = builder.shl(builder.zext(vector, wide), ir.Constant(wide, [16] * count))
+    return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), count))
+
+
+def _widen_int8s(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    return builder.sitofp(vector, ir.VectorType(ir.FloatType(), vector.type.count))
+
+
+load_float32 = _loader(ir.FloatType(), _same)
+load_float64 = _loader(ir.DoubleType(), _same)
+load_half = _loader(_i16, _widen_halves)
+load_bfloat = _loader(_i16, _widen_bfloats)
+load_int8 = _loader(_i8, _widen_int8s)
+add_dots_float32 = _dots(ir.FloatType(), _same)
+add_dots_float64 = _dots(ir.DoubleType(), _same)
+add_dots_half = _dots(_i16, _widen_halves)
+add_dots_bfloat = _dots(_i16, _widen_bfloats)
+add_dots_int8 = _dots(_i8, _widen_int8s)
+
+
+def _widen_int8(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    return builder.sitofp(value, ir.FloatType())
+
+
 def _widen_bool(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     # What a mask adds to a score.
     single = ir.FloatType()
@@ -799,6 +1015,7 @@ read_float32 = _reader(types.float32, ir.FloatType(), _same)
 read_float64 = _reader(types.float64, ir.DoubleType(), _same)
 read_half = _reader(types.float32, _i16, _widen_half)
 read_bfloat = _reader(types.float32, _i16, _widen_bfloat)
+read_int8 = _reader(types.float32, _i8, _widen_int8)
 read_bool = _reader(types.float32, _i8, _widen_bool)
 write_float32 = _writer(types.float32, ir.FloatType(), _same)
 write_float64 = _writer(types.float64, ir.DoubleType(), _same)
@@ -813,9 +1030,12 @@ write_bfloat = _writer(types.float32, _i16, _narrow_bfloat)
 
 @intrinsic
 def take_ticket(typingctx, counter):
-    """Add 1 to the counter in one indivisible step and return what it held before."""
+    """Add 1 to the counter in one indivisible step and return what it held before.
+
+    What a thread wrote before its ticket is seen by those whose tickets come later.
+    """
 
     def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("add", args[0], _i64(1), "monotonic")
+        return builder.atomic_rmw("add", args[0], _i64(1), "acq_rel")
 
     return types.int64(counter), codegen

@@ -154,21 +154,9 @@ def tiles(element: types.Float, cols: int) -> Tiles:
     return Tiles(scores, values)
 
 
-class CarefulTiles(NamedTuple):
-    """The routines for values that some queries must not see."""
-
-    count_nonfinite: Any
-    copy: Any
-    values_seen: Any
-
-
 @cache
-def careful_tiles(element: types.Float) -> CarefulTiles:
-    """Compile what keeps a hidden NaN or Inf in V from an output: there 0 * V is not 0.
-
-    For tiles of any number of ``queries`` that is whole registers.
-    """
-    zero = np.dtype(str(element)).type(0)
+def nonfinite_counter(element: types.Float) -> Any:
+    """Compile the question whether V needs care: a hidden NaN or Inf must not reach an output."""
     pointer = types.CPointer(element)
 
     @routine(_int(pointer, _int, _int, _int), element)
@@ -181,6 +169,25 @@ def careful_tiles(element: types.Float) -> CarefulTiles:
                 # The comparison is false for NaN. A sum of booleans is what LLVM vectorises.
                 strange += not abs(v_row[f]) < np.inf
         return strange
+
+    return count_nonfinite
+
+
+class CarefulTiles(NamedTuple):
+    """The routines for values that some queries must not see."""
+
+    copy: Any
+    values_seen: Any
+
+
+@cache
+def careful_tiles(element: types.Float) -> CarefulTiles:
+    """Compile what keeps a hidden NaN or Inf in V from an output: there 0 * V is not 0.
+
+    For tiles of any number of ``queries`` that is whole registers.
+    """
+    zero = np.dtype(str(element)).type(0)
+    pointer = types.CPointer(element)
 
     @routine(types.void(_int, pointer, _int, pointer), element)
     def copy(queries, s, keys, target):
@@ -209,4 +216,4 @@ def careful_tiles(element: types.Float) -> CarefulTiles:
                         acc = where_less(load(one, on(s, at), 0), lowest(one), acc, more)
                     accumulate(acc, factor, on(o, f * queries + x), 0)
 
-    return CarefulTiles(count_nonfinite, copy, values_seen)
+    return CarefulTiles(copy, values_seen)

@@ -1,0 +1,338 @@
+"""Attention of few queries against many keys: work items of (batch, kv head, chunk of keys).
+
+::
+
+    for every (batch, kv head, chunk of keys)           shared between the threads
+        for every block of keys in the chunk
+            scores -> bias, mask -> hide                all queries of the group at once
+        softmax of the chunk
+        for every block of values in the chunk
+            add the weighted sum
+        keep the chunk's state (max, sum, weighted sum)
+        who finishes the last chunk of a head: merge the states, divide, write
+
+Reading K and V is nearly all of the work; each is read once, for all queries that share the
+kv head. Chunks begin at multiples of CHUNK and states merge in the order of the keys, so that
+bits depend neither on the threads nor on the batch. The states are the only memory that grows
+with the keys: a row of V for every CHUNK of them and every query.
+
+See Dao, Haziza, Massa and Sizov (2023), Flash-Decoding for long-context inference, and for the
+merge Milakov and Gimelshein (2018), section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+
+from .compile import glue, kernel
+from .host import HOST
+from .items import BLOCK_KV, between, head_and_query, item_of, problem_at, row_address, row_at
+from .record import ABSENT, CHUNK, COUNTER_OFFSET, FLOAT32, FLOAT64, INT8
+from .rows import careful_rows, row_softmax, rows_of
+from .simd import address, data, itemsize, keep, lanes_of, on, pointer, take_ticket
+from .staging import staging
+from .tiles import nonfinite_counter
+
+_BLOCKS = CHUNK // BLOCK_KV
+
+_BYTE = np.uint8(0)
+_INTEGER = np.int64(0)
+
+
+class Bounds(NamedTuple):
+    """Which keys the queries see."""
+
+    first: Any
+    last: Any
+    extent: Any
+
+
+class State(NamedTuple):
+    """What is known of every row after some of its keys: the state of ``softmax``."""
+
+    o: Any  # (rows, head_dim_v)
+    row_max: Any
+    row_sum: Any
+
+
+class Scratch(NamedTuple):
+    """One thread's memory. Rows are padded to whole registers."""
+
+    q: Any  # (rows, head_dim)
+    p: Any  # scores of a chunk, then their exponentials (rows, CHUNK and a margin)
+    kept: Any  # scores where they are needed beside the exponentials
+    k: Any  # a block of K or V that cannot be read in place
+    v: Any
+    state: Any
+    total: Any
+    s: Any  # a block of scores, transposed for ``modify`` (BLOCK_KV, queries)
+    term: Any
+    rows: Any
+    begin: Any
+    end: Any
+    bounds: Any
+    hides: Any  # for each block of the chunk, whether it may hold hidden keys
+    q_length: int  # head_dim and head_dim_v, padded
+    v_length: int
+
+
+@cache
+def decode(element: types.Float, storage: int) -> int:
+    """Address of the kernel for keys and values of ``storage``; compiled at the first call.
+
+    The one for the accumulation type itself takes every other format as well: it converts blocks
+    to scratch. Those for other formats read K and V in place, and need rows of whole registers.
+    """
+    zero = np.dtype(str(element)).type(0)
+    native = FLOAT32 if element == types.float32 else FLOAT64
+    register = lanes_of(element)
+    # Scores are written, and softmax reads, up to so many elements behind the last key.
+    p_step = CHUNK + max(HOST.sums, HOST.exp_rows * register)
+    p_step += -p_step % register
+    products = rows_of(element, storage)
+    softmax = row_softmax(element)
+    values_seen = careful_rows(element)
+    count_nonfinite = nonfinite_counter(element)
+    parts = between(element)
+    stage = staging(element)
+
+    @glue
+    def convert(start, operand, length, padded, keys, staged):
+        """Convert rows to scratch."""
+        for j in range(keys):
+            source = pointer(start + j * operand.row_step, _BYTE)
+            stage.read_row(on(staged, j * padded), source, operand.step, length, operand.storage)
+            for d in range(length, padded):
+                staged[j * padded + d] = 0
+
+    @glue
+    def block(start, operand, length, padded, keys, staged):
+        """Rows of K or V and the bytes between them: in place, or converted to scratch."""
+        is_native = operand.storage == native and operand.step == itemsize(staged)
+        if storage != native or (is_native and length == padded):
+            return pointer(start, _BYTE), operand.row_step
+        convert(start, operand, length, padded, keys, staged)
+        return pointer(address(staged), _BYTE), padded * itemsize(staged)
+
+    @glue
+    def scale_columns(operand, base, kv_head, key, keys, rows, p, scratch):
+        """Multiply the columns of P with the scale of each key: 8-bit rows are stored without."""
+        source = pointer(row_address(operand, base, kv_head, key), _BYTE)
+        stage.read_row(scratch.rows, source, operand.row_step, keys, operand.storage)
+        for x in range(rows):
+            for j in range(keys):
+                p[x * p_step + j] *= scratch.rows[j]
+
+    @glue
+    def modify(problem, item, rows, queries, key, keys, p, scratch):
+        """Apply the modifiers, which take scores transposed; whether some may be hidden."""
+        stage.transpose_rows(scratch.s, queries, p, p_step, queries, BLOCK_KV)
+        bounds = scratch.bounds
+        hides = parts.modify(problem, item, queries, 0, rows, key, keys, bounds, scratch)
+        stage.transpose_rows(p, p_step, scratch.s, queries, BLOCK_KV, queries)
+        return hides
+
+    @glue
+    def add_values(problem, item, start, keys, rows, p, kept, hides, state, scratch):
+        """Add a block's weighted sum."""
+        v, head_dim_v, v_length = problem.v, problem.head_dim_v, scratch.v_length
+        source, step = block(start, v, head_dim_v, v_length, keys, scratch.v)
+        if hides and storage != INT8:
+            rows_of_v, row_step = pointer(address(source), zero), step
+            if storage != native:
+                convert(start, v, head_dim_v, v_length, keys, scratch.v)
+                rows_of_v, row_step = scratch.v, v_length * itemsize(scratch.v)
+            if count_nonfinite(rows_of_v, row_step, keys, head_dim_v) > 0:
+                values_seen(rows_of_v, row_step, keys, kept, p, p_step, rows, v_length, state.o)
+                return
+        products.values(source, step, keys, p, p_step, rows, v_length, state.o, v_length)
+
+    @glue
+    def attend_chunk(problem, item, rows, queries, begin, end, state, scratch):
+        """The state of the queries after the keys from ``begin`` to ``end`` alone."""
+        kv_head, q_length = item.kv_head, scratch.q_length
+        hides_some = False
+        for key in range(begin, end, BLOCK_KV):
+            keys = min(BLOCK_KV, end - key)
+            p = on(scratch.p, key - begin)
+            start = row_address(problem.k, item.k, kv_head, key)
+            k, k_step = block(start, problem.k, problem.head_dim, q_length, keys, scratch.k)
+            products.scores(
+                k, k_step, keys, scratch.q, q_length, rows, q_length, problem.scale, p, p_step
+            )
+            if problem.k_scale.storage != ABSENT:
+                scale_columns(problem.k_scale, item.k_scale, kv_head, key, keys, rows, p, scratch)
+            hides = False
+            if parts.is_touched(problem, scratch.bounds, key, keys):
+                hides = modify(problem, item, rows, queries, key, keys, p, scratch)
+            scratch.hides[(key - begin) // BLOCK_KV] = hides
+            hides_some = hides_some or hides
+
+        if hides_some:
+            for n in range(rows * p_step):
+                scratch.kept[n] = scratch.p[n]
+        softmax(scratch.p, p_step, rows, end - begin, state.row_max, state.row_sum)
+        for n in range(rows * scratch.v_length):
+            state.o[n] = 0
+        for key in range(begin, end, BLOCK_KV):
+            keys = min(BLOCK_KV, end - key)
+            p, kept = on(scratch.p, key - begin), on(scratch.kept, key - begin)
+            if problem.v_scale.storage != ABSENT:
+                scale_columns(problem.v_scale, item.v_scale, kv_head, key, keys, rows, p, scratch)
+            hides = scratch.hides[(key - begin) // BLOCK_KV] != 0
+            start = row_address(problem.v, item.v, kv_head, key)
+            add_values(problem, item, start, keys, rows, p, kept, hides, state, scratch)
+
+    @glue
+    def state_at(base, rows, v_length):
+        o = pointer(base, zero)
+        row_max = on(o, rows * v_length)
+        return State(o, row_max, on(row_max, rows))
+
+    @glue
+    def merge(states, size, first, last, rows, total, v_length):
+        """The state after the chunks from ``first`` to ``last``, if any, in this order."""
+        for x in range(rows):
+            highest = -np.inf
+            for n in range(first, last + 1):
+                highest = max(highest, state_at(states + n * size, rows, v_length).row_max[x])
+            total.row_max[x] = highest
+            total.row_sum[x] = 0
+            o = on(total.o, x * v_length)
+            for f in range(v_length):
+                o[f] = 0
+            base = 0.0 if highest == -np.inf else highest
+            for n in range(first, last + 1):
+                part = state_at(states + n * size, rows, v_length)
+                factor = math.exp(part.row_max[x] - base)
+                total.row_sum[x] += part.row_sum[x] * factor
+                o_part = on(part.o, x * v_length)
+                for f in range(v_length):
+                    o[f] += o_part[f] * factor
+
+    @glue
+    def finish(problem, item, rows, total, scratch):
+        """Divide by the sums and write the rows and their lse; 0 / 1 for a row that saw nothing."""
+        bounds, out = scratch.bounds, problem.out
+        for x in range(rows):
+            if total.row_max[x] == -np.inf and parts.sees_a_key(
+                problem, item, x, bounds.first[x], bounds.last[x], scratch.term
+            ):
+                # Every visible score is -inf: as in the textbook form, -inf - -inf is NaN.
+                total.row_sum[x] = np.nan
+                for f in range(scratch.v_length):
+                    total.o[x * scratch.v_length + f] = np.nan
+            divisor = total.row_sum[x] if total.row_sum[x] != 0 else zero + 1
+            o = on(total.o, x * scratch.v_length)
+            for f in range(problem.head_dim_v):
+                o[f] = o[f] / divisor
+            target = row_at(problem, item, out, item.out, x)
+            stage.write_row(target, out.step, o, problem.head_dim_v, out.storage)
+            if item.lse != 0:
+                head, query = head_and_query(problem, item, x)
+                lse = pointer(item.lse, zero)
+                lse[head * problem.seqlen_q + query] = total.row_max[x] + math.log(total.row_sum[x])
+
+    @glue
+    def pack(problem, item, rows, scratch):
+        """Read the queries."""
+        for x in range(rows):
+            q = on(scratch.q, x * scratch.q_length)
+            source = row_at(problem, item, problem.q, item.q, x)
+            stage.read_row(q, source, problem.q.step, problem.head_dim, problem.q.storage)
+            for d in range(problem.head_dim, scratch.q_length):
+                q[d] = 0
+
+    @glue
+    def allocate(problem, rows, queries):
+        """One thread's scratch, and the arrays that own it."""
+        q_length = (problem.head_dim + register - 1) // register * register
+        v_length = (problem.head_dim_v + register - 1) // register * register
+        state_size = rows * (v_length + 2)
+        block_size = BLOCK_KV * queries
+        total = rows * q_length + 2 * queries * p_step + BLOCK_KV * (q_length + v_length)
+        total += 2 * state_size + 3 * block_size + 2 * queries
+        memory = np.empty(total + 64, np.dtype(type(zero)))
+        integers = np.empty(2 * queries + 4 + _BLOCKS, np.int64)
+        # Aligned, so that no register of scratch straddles two cache lines.
+        p = pointer((address(data(memory)) + 63) // 64 * 64, zero)
+        kept = on(p, queries * p_step)
+        k = on(kept, queries * p_step)
+        v = on(k, BLOCK_KV * q_length)
+        q = on(v, BLOCK_KV * v_length)
+        s = on(q, rows * q_length)
+        term = on(s, block_size)
+        staged = on(term, block_size)
+        begin = on(staged, block_size)
+        end = on(begin, queries)
+        state = on(end, queries)
+        first = data(integers)
+        last = on(first, queries)
+        extent = on(last, queries)
+        scratch = Scratch(
+            q,
+            p,
+            kept,
+            k,
+            v,
+            state,
+            on(state, state_size),
+            s,
+            term,
+            staged,
+            begin,
+            end,
+            Bounds(first, last, extent),
+            on(extent, 4),
+            q_length,
+            v_length,
+        )
+        return scratch, memory, integers
+
+    @kernel(element, storage)
+    def decode(problem_address):
+        """Take work items from the problem's counter until none is left."""
+        problem = problem_at(problem_address)
+        rows = problem.num_heads // problem.num_kv_heads * problem.seqlen_q
+        queries = (rows + register - 1) // register * register
+        chunks = max((problem.seqlen_kv + CHUNK - 1) // CHUNK, 1)
+        items = problem.batches * problem.num_kv_heads * chunks
+        scratch, memory, integers = allocate(problem, rows, queries)
+        v_length = scratch.v_length
+        size = rows * (v_length + 2) * itemsize(scratch.q)
+        extent = scratch.bounds.extent
+        counter = pointer(problem_address + COUNTER_OFFSET, _INTEGER)
+        number = take_ticket(counter)
+        while number < items:
+            head, chunk = number // chunks, number % chunks
+            batch, kv_head = head // problem.num_kv_heads, head % problem.num_kv_heads
+            item = item_of(problem, kv_head, batch, itemsize(scratch.p))
+            parts.find_bounds(problem, item, queries, 0, rows, scratch.bounds)
+            # The states of the head's chunks: in scratch where there is only one.
+            states = address(scratch.state)
+            if chunks > 1:
+                states = problem.states + head * chunks * size
+            begin = max(extent[0] // BLOCK_KV * BLOCK_KV, chunk * CHUNK)
+            end = min(extent[3] + 1, (chunk + 1) * CHUNK)
+            if begin < end:
+                pack(problem, item, rows, scratch)
+                state = state_at(states + chunk * size, rows, v_length)
+                attend_chunk(problem, item, rows, queries, begin, end, state, scratch)
+            done = np.int64(1)
+            if chunks > 1:
+                done += take_ticket(on(pointer(problem.finished, _INTEGER), head))
+            if done == chunks:
+                first, last = extent[0] // CHUNK, extent[3] // CHUNK
+                total = state_at(address(scratch.total), rows, v_length)
+                merge(states, size, first, last, rows, total, v_length)
+                finish(problem, item, rows, total, scratch)
+            number = take_ticket(counter)
+        keep(memory)
+        keep(integers)
+
+    return decode

@@ -6,7 +6,9 @@ of dtypes: checks live in `problem.py`, and what is wrong here fails as NumPy le
 
 The order of operations on one score, everywhere:
 
-    s = scale * q.k -> bias -> mask, causal, kv_lengths (to -inf) -> softmax -> weighted sum
+    s = scale * q.k -> softcap -> ALiBi -> bias -> score_mod
+      -> mask, mask_mod, block_mask, causal, window, kv_lengths (to -inf)
+      -> sinks join the denominator -> softmax -> weighted sum
 
 Everything is computed in the accumulation type: float64 where the result is float64, else float32.
 To check against more digits than the result has, pass inputs cast to float64.
@@ -29,17 +31,31 @@ References
 .. [3] Dao et al. 2022, "FlashAttention", section 3.1, arXiv:2205.14135
 .. [4] Dao 2023, "FlashAttention-2", section 3.1, arXiv:2307.08691
 .. [5] Ainslie et al. 2023, "GQA", section 2.2, arXiv:2305.13245
+.. [6] Press et al. 2021, "Train Short, Test Long" (ALiBi), section 3, arXiv:2108.12409
+.. [7] Beltagy et al. 2020, "Longformer", section 3.1 (sliding window), arXiv:2004.05150
+.. [8] Gemma Team 2024, "Gemma 2", section 2 (logit soft-capping), arXiv:2408.00118
+.. [9] Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", section 3.3,
+   arXiv:2309.17453
+.. [10] Dong et al. 2024, "Flex Attention" (score_mod, mask_mod, block masks), section 3,
+   arXiv:2412.05496
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["attention", "attention_weights", "merge_states", "scaled_dot_product_attention"]
+__all__ = [
+    "attention",
+    "attention_weights",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]
 
 Array = NDArray[Any]
+Window = tuple[int | None, int | None]
 
 FLOATS = ("float16", "float32", "float64", "bfloat16")  # by name: ml_dtypes need not be installed
 
@@ -56,14 +72,24 @@ def attention(
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     causal: bool | str = False,
+    window: Window | None = None,
     query_offset: ArrayLike | None = None,
     kv_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     scale: float | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    block_mask: Any = None,
     layout: str = "bhld",
+    precision: str = "highest",  # noqa: ARG001  # for kernels: nothing is rounded here
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Return softmax(scale * query @ key.T + bias) @ value over the visible keys [1]_.
+    """Return softmax(scores) @ value over the visible keys [1]_.
+
+    Scores are scale * query @ key.T and what the keywords make of them, in the order above.
 
     Parameters
     ----------
@@ -85,17 +111,44 @@ def attention(
 
         With more queries than keys the offset of "bottom_right" is negative, and the first queries
         see nothing.
+    window : (left, right)
+        Query i sees keys from i + offset - left to i + offset + right [7]_; None is unbounded.
+        Without causal and query_offset the offset is that of "bottom_right":
+
+            (1, 0)            (0, 1)            (1, None)
+            0 0 1 1 0         0 0 0 1 1         0 0 1 1 1
+            0 0 0 1 1         0 0 0 0 1         0 0 0 1 1
+
     query_offset : int or ints of shape (batch,)
         The offset itself, in place of the one that `causal` names.
     kv_lengths : int or ints of shape (batch,)
         Keys from this one on do not exist.
+    softcap : float
+        The score becomes softcap * tanh(score / softcap) [8]_.
+    alibi_slopes : (num_heads,) or (batch, num_heads)
+        -slope * |i + offset - j| is added to the score [6]_, with the offset of the window. What it
+        is for a slope of 1:
+
+            -3 -2 -1  0 -1
+            -4 -3 -2 -1  0
+
+    sinks : (num_heads,)
+        Scores of one more key for each head, which has weight but no value [9]_.
     scale : float
         None is 1 / sqrt(head_dim).
+    score_mod : f(score, b, h, i, j) -> score
+        Called for every score [10]_; -inf hides the key. b counts batch entries, h query heads, i
+        and j rows of query and key.
+    mask_mod : f(b, h, i, j) -> bool
+        True is visible.
+    block_mask : BlockMask
+        The same by blocks: its states say which of them are hidden (0), visible (2), or to be asked
+        of its mask_mod (1). A batch or head axis of 1 serves all.
     layout : "bhld" or "blhd"
         "blhd": query, key, value and out are (batch, length, heads, features). The shapes of mask,
         bias and lse do not change.
     return_lse : bool
-        Also return lse, the log of the softmax's denominator sum(exp(score)) [4]_.
+        Also return lse, the log of the softmax's denominator sum(exp(score)) [4]_, sinks included.
     out : array
         Written and returned.
 
@@ -106,19 +159,28 @@ def attention(
 
     Notes
     -----
-    A query with no visible key has output 0 and lse -inf. What a hidden key, value or bias holds
-    reaches no output, be it NaN; at visible keys, NaN and Inf give what IEEE arithmetic gives.
+    A query with no visible key has output 0 and lse -inf, or the sink where there is one. What a
+    hidden key, value or bias holds reaches no output, be it NaN; at visible keys, NaN and Inf give
+    what IEEE arithmetic gives.
     """
     (q, k, v), dtype = _operands(query, key, value, layout=layout)
     steps = _steps(
         q,
         k,
+        rows=np.arange(q.shape[-2]),
         mask=mask,
         bias=bias,
         causal=causal,
+        window=window,
         query_offset=query_offset,
         kv_lengths=kv_lengths,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         scale=scale,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        block_mask=block_mask,
     )
     output = _weighted_sum(steps.probabilities, _per_query_head(v, q), steps.visible).astype(dtype)
     lse = steps.lse
@@ -189,20 +251,29 @@ def attention_weights(
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     causal: bool | str = False,
+    window: Window | None = None,
     query_offset: ArrayLike | None = None,
     kv_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     scale: float | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    block_mask: Any = None,
     layout: str = "bhld",
+    precision: str = "highest",  # noqa: ARG001  # for kernels: nothing is rounded here
 ) -> Array:
     """Return the scores of every query with every key as they stand after one of the steps.
 
     Parameters
     ----------
     stage : "scores", "softcapped", "biased" or "probabilities"
-        scale * query @ key.T, raw at hidden keys; the same while there is no softcap; with bias
-        added and -inf at hidden keys; their softmax, 0 at hidden keys.
+        scale * query @ key.T, and the same after softcap, both raw at hidden keys; after ALiBi,
+        bias and score_mod with -inf at hidden keys; their softmax, 0 at hidden keys.
     rows : int, slice or ints
-        The queries to return, as an index of the axis seqlen_q: an int removes the axis.
+        The queries to return, as an index of the axis seqlen_q: an int removes the axis. Only their
+        scores are computed.
 
     The other parameters are those of `attention`.
 
@@ -211,15 +282,24 @@ def attention_weights(
     (batch, num_heads, seqlen_q, seqlen_kv), in `result_dtype` of query and key
     """
     (q, k), dtype = _operands(query, key, layout=layout)
+    chosen = np.arange(q.shape[-2])[slice(None) if rows is None else rows]
     steps = _steps(
         q,
         k,
+        rows=np.ravel(chosen),
         mask=mask,
         bias=bias,
         causal=causal,
+        window=window,
         query_offset=query_offset,
         kv_lengths=kv_lengths,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         scale=scale,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        block_mask=block_mask,
     )
     weights: Array = {
         "scores": steps.scores,
@@ -229,7 +309,7 @@ def attention_weights(
     }[stage].astype(dtype)
     if _is_one_head(query, key):
         weights = weights[0]
-    return weights if rows is None else weights[..., rows, :]
+    return weights.reshape(*weights.shape[:-2], *np.shape(chosen), weights.shape[-1])
 
 
 @ieee
@@ -265,6 +345,78 @@ def merge_states(
     return output.astype(dtype), lse
 
 
+@ieee
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike | None = None,
+    *,
+    causal: bool | str = False,
+    window: Window | None = None,
+    query_offset: ArrayLike | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    scale: float | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Return `attention` of every sequence by itself, of sequences that lie end to end.
+
+    Parameters
+    ----------
+    query, key, value : (total_q, num_heads, head_dim), (total_kv, num_kv_heads, head_dim),
+            (total_kv, num_kv_heads, head_dim_v)
+    cu_seqlens_q, cu_seqlens_kv : ints of shape (sequences + 1,)
+        Sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. Those of query serve key, if not
+        given.
+
+    The other parameters are those of `attention`. A sequence is a batch entry: b and the batch axis
+    of query_offset and alibi_slopes count sequences, i and j count from the start of theirs.
+
+    Returns
+    -------
+    output : (total_q, num_heads, head_dim_v), in `result_dtype` of query, key and value
+    lse : (num_heads, total_q), in the accumulation type
+    """
+    q, k, v = (np.asarray(x) for x in (query, key, value))
+    dtype = result_dtype(q, k, v)
+    output = np.empty((*q.shape[:-1], v.shape[-1]), dtype) if out is None else out
+    lse = np.empty(q.shape[1::-1], accumulation_dtype(dtype))
+    score_mod, mask_mod = _in_python(score_mod), _in_python(mask_mod)
+    starts_q = np.asarray(cu_seqlens_q)
+    starts_kv = starts_q if cu_seqlens_kv is None else np.asarray(cu_seqlens_kv)
+
+    for b in range(len(starts_q) - 1):
+        rows, keys = (slice(starts[b], starts[b + 1]) for starts in (starts_q, starts_kv))
+        output[rows], lse[:, rows] = attention(
+            q[rows],
+            k[keys],
+            v[keys],
+            causal=causal,
+            window=window,
+            query_offset=_entry(query_offset, b, axes=1),
+            softcap=softcap,
+            alibi_slopes=_entry(alibi_slopes, b, axes=2),
+            sinks=sinks,
+            scale=scale,
+            score_mod=score_mod and (lambda s, _, *hij, b=b: score_mod(s, b, *hij)),
+            mask_mod=mask_mod and (lambda _, *hij, b=b: mask_mod(b, *hij)),
+            layout="blhd",
+            return_lse=True,
+        )
+    return (output, lse) if return_lse else output
+
+
+def _entry(numbers: ArrayLike | None, b: int, *, axes: int) -> ArrayLike | None:
+    """Return what one sequence has of numbers that may have a batch axis."""
+    return np.asarray(numbers)[b] if np.ndim(numbers) == axes else numbers  # type: ignore[arg-type]
+
+
 def result_dtype(*arrays: Array) -> np.dtype[Any]:
     """Return the dtype of a result: that of NumPy's promotion, float64 for integers and bool.
 
@@ -286,41 +438,79 @@ def accumulation_dtype(result: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if result == np.float64 else np.float32)
 
 
+class _Scores(NamedTuple):
+    """Where the scores stand that are computed: those of some rows of `shape`."""
+
+    shape: tuple[int, ...]  # (batch, num_heads, seqlen_q, seqlen_kv)
+    i: Array  # (rows,) of the queries
+
+    @property
+    def indices(self) -> tuple[Array, Array, Array, Array]:
+        """Batch entry, head, query and key of every score, as arrays that broadcast to all."""
+        *batch, num_heads, _, seqlen_kv = self.shape
+        b = np.arange(int(np.prod(batch))).reshape(*batch, 1, 1, 1)
+        h, j = np.arange(num_heads)[:, None, None], np.arange(seqlen_kv)
+        return b, h, self.i[:, None], j
+
+    def of(self, term: ArrayLike) -> Array:
+        """Return what a term that broadcasts to `shape` holds for these scores."""
+        return np.broadcast_to(np.asarray(term), self.shape)[..., self.i, :]
+
+
 class _Steps(NamedTuple):
-    """What every step makes of the scores, each (batch, num_heads, seqlen_q, seqlen_kv) but lse."""
+    """What every step makes of the scores, each (batch, num_heads, rows, seqlen_kv) but lse."""
 
     scores: Array
     softcapped: Array
     biased: Array
     visible: Array
     probabilities: Array
-    lse: Array  # (batch, num_heads, seqlen_q)
+    lse: Array  # (batch, num_heads, rows)
 
 
 def _steps(
     query: Array,
     key: Array,
     *,
+    rows: Array,
     mask: ArrayLike | None,
     bias: ArrayLike | None,
     causal: bool | str,
+    window: Window | None,
     query_offset: ArrayLike | None,
     kv_lengths: ArrayLike | None,
+    softcap: float | None,
+    alibi_slopes: ArrayLike | None,
+    sinks: ArrayLike | None,
     scale: float | None,
+    score_mod: Callable[..., Any] | None,
+    mask_mod: Callable[..., Any] | None,
+    block_mask: Any,
 ) -> _Steps:
-    """Take the scores through the order of operations: one line, one step."""
-    scores = _scaled_scores(query, _per_query_head(key, query), scale)
-    softcapped = scores
-    added = _added(bias, scores)
-    modified = softcapped + added
+    """Take the scores of some rows through the order of operations: one line, one step."""
+    where = _Scores((*query.shape[:-1], key.shape[-2]), rows)
+    lengths = _per_batch(key.shape[-2] if kv_lengths is None else kv_lengths)
+    distance = _distance(where, causal, query_offset, lengths)
+
+    scores = _scaled_scores(query[..., rows, :], _per_query_head(key, query), scale)
+    softcapped = _softcapped(scores, softcap)
+    added = _added(bias, where, scores.dtype)
+    summed = softcapped - _penalty(alibi_slopes, distance, scores.dtype) + added
+    modified = _modified(summed, score_mod, where)
     visible = (
         (added != -np.inf)  # asked of the bias, since a score of NaN would not become -inf
-        & _unmasked(mask, scores.shape)
-        & _existing(kv_lengths, scores.shape)
-        & _not_in_future(causal, query_offset, kv_lengths, scores.shape)
+        & ((modified != -np.inf) | (score_mod is None))
+        & _unmasked(mask, where)
+        & _allowed(mask_mod, where)
+        & _in_blocks(block_mask, where)
+        & (where.indices[-1] < lengths)
+        & _in_window(distance, (None, 0) if causal else (None, None))
+        & _in_window(distance, window or (None, None))
     )
     biased = np.where(visible, modified, -np.inf)
-    probabilities, lse = _softmax(biased, visible)
+    probabilities, lse = _softmax(
+        biased, visible, _per_head(-np.inf if sinks is None else sinks, scores.dtype)
+    )
     return _Steps(scores, softcapped, biased, visible, probabilities, lse)
 
 
@@ -331,58 +521,89 @@ def _scaled_scores(query: Array, key: Array, scale: float | None) -> Array:
     return scores
 
 
-def _added(bias: ArrayLike | None, scores: Array) -> Array:
+def _softcapped(scores: Array, softcap: float | None) -> Array:
+    """Return the scores bent towards softcap, which none exceeds."""
+    return scores if softcap is None else softcap * np.tanh(scores / softcap)
+
+
+def _penalty(slopes: ArrayLike | None, distance: Array, dtype: np.dtype[Any]) -> Array:
+    """Return what ALiBi takes off: slope * |i + offset - j|."""
+    per_key = _per_head(0 if slopes is None else slopes, dtype)
+    penalty: Array = per_key * np.abs(distance).astype(dtype)
+    return penalty
+
+
+def _added(bias: ArrayLike | None, where: _Scores, dtype: np.dtype[Any]) -> Array:
     """Return the bias in the type of the scores, which it never widens."""
     added = np.asarray(0 if bias is None else bias)
     if added.dtype.kind not in "iu" and added.dtype.name not in FLOATS:
         raise TypeError(f"bias must be numbers, and a bool array is a mask: got {added.dtype}")
-    return np.broadcast_to(added.astype(scores.dtype), scores.shape)
+    return where.of(added).astype(dtype)
 
 
-def _unmasked(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array:
+def _modified(scores: Array, score_mod: Callable[..., Any] | None, where: _Scores) -> Array:
+    """Return what the caller's function makes of every score, one by one."""
+    if score_mod is None:
+        return scores
+    modified = np.frompyfunc(_in_python(score_mod), 5, 1)(scores, *where.indices)
+    return np.asarray(modified).astype(scores.dtype)
+
+
+def _unmasked(mask: ArrayLike | None, where: _Scores) -> Array:
     """Return the mask, which must be bool: in a mask of numbers, 0 often means "add nothing"."""
     visible = np.asarray(True if mask is None else mask)
     if visible.dtype != bool:
         raise TypeError(f"mask must be bool: got {visible.dtype}")
-    return np.broadcast_to(visible, shape)
+    return where.of(visible)
 
 
-def _existing(kv_lengths: ArrayLike | None, shape: tuple[int, ...]) -> Array:
-    """Return where key j exists: j < kv_lengths[b]."""
-    j = np.arange(shape[-1])
-    return np.broadcast_to(j < _lengths(kv_lengths, shape), shape)
+def _allowed(mask_mod: Callable[..., Any] | None, where: _Scores) -> Array:
+    """Return what the caller's function says of every score, one by one."""
+    if mask_mod is None:
+        return where.of(True)
+    return np.asarray(np.frompyfunc(_in_python(mask_mod), 4, 1)(*where.indices)).astype(bool)
 
 
-def _not_in_future(
-    causal: bool | str,
-    query_offset: ArrayLike | None,
-    kv_lengths: ArrayLike | None,
-    shape: tuple[int, ...],
+def _in_python(function: Any) -> Any:
+    """Return the Python function that a jitted one was made of: it takes numbers of any type."""
+    return getattr(function, "py_func", function)
+
+
+def _in_blocks(block_mask: Any, where: _Scores) -> Array:
+    """Return where the block of a score is visible, or its mask_mod says so of the score."""
+    if block_mask is None:
+        return where.of(True)
+    b, h, i, j = where.indices
+    rows, columns = block_mask.block_size
+    batches, heads, *_ = block_mask.states.shape
+    states = block_mask.states[b % batches, h % heads, i // rows, j // columns]
+    visible: Array = (states == 2) | (states == 1) & _allowed(block_mask.mask_mod, where)
+    return visible
+
+
+def _distance(
+    where: _Scores, causal: bool | str, query_offset: ArrayLike | None, lengths: Array
 ) -> Array:
-    """Return where key j stands no later than query i: j <= i + offset."""
-    if not causal:
-        return np.broadcast_to(True, shape)
-    i, j = np.arange(shape[-2])[:, None], np.arange(shape[-1])
-    return np.broadcast_to(j <= i + _offsets(causal, query_offset, kv_lengths, shape), shape)
-
-
-def _offsets(
-    causal: bool | str,
-    query_offset: ArrayLike | None,
-    kv_lengths: ArrayLike | None,
-    shape: tuple[int, ...],
-) -> Array:
-    """Return the position of query 0 among the keys, for every batch entry."""
+    """Return i + offset - j, how far every query stands behind every key."""
+    *_, i, j = where.indices
     if query_offset is not None:
-        return _per_batch(query_offset)
-    if causal == "top_left":
-        return _per_batch(0)
-    return _lengths(kv_lengths, shape) - shape[-2]
+        offset = _per_batch(query_offset)
+    elif causal == "top_left":
+        offset = _per_batch(0)
+    else:
+        offset = lengths - where.shape[-2]
+    return i + offset - j
 
 
-def _lengths(kv_lengths: ArrayLike | None, shape: tuple[int, ...]) -> Array:
-    """Return how many keys exist, for every batch entry."""
-    return _per_batch(shape[-1] if kv_lengths is None else kv_lengths)
+def _in_window(distance: Array, window: Window) -> Array:
+    """Return where a key stands at most `left` before the query and `right` behind it."""
+    left, right = window
+    visible = np.full(distance.shape, True)
+    if left is not None:
+        visible &= distance <= left
+    if right is not None:
+        visible &= -distance <= right
+    return visible
 
 
 def _per_batch(numbers: ArrayLike) -> Array:
@@ -390,18 +611,24 @@ def _per_batch(numbers: ArrayLike) -> Array:
     return np.asarray(numbers).astype(np.int64)[..., None, None, None]
 
 
-def _softmax(scores: Array, visible: Array) -> tuple[Array, Array]:
+def _per_head(numbers: ArrayLike, dtype: np.dtype[Any]) -> Array:
+    """Return (batch, num_heads, 1, 1) numbers in the type of the scores."""
+    return np.asarray(numbers).astype(dtype)[..., None, None]
+
+
+def _softmax(scores: Array, visible: Array, sinks: Array | float = -np.inf) -> tuple[Array, Array]:
     """Return exp(score) / sum(exp(score)) over the visible keys, and the log of that sum.
 
     Hidden keys come with a score of -inf. The largest score is taken off first, so that no
-    exponential overflows [2]_.
+    exponential overflows [2]_. The sum has one more term for the sink.
     """
-    empty = ~visible.any(axis=-1, keepdims=True)
-    highest = np.where(empty, 0.0, scores.max(axis=-1, keepdims=True, initial=-np.inf))
+    nothing = ~visible.any(axis=-1, keepdims=True) & np.isneginf(sinks)
+    highest = np.maximum(scores.max(axis=-1, keepdims=True, initial=-np.inf), sinks)
+    highest = np.where(nothing, 0.0, highest)
     exponentials = np.where(visible, np.exp(scores - highest), 0.0)
-    denominator = exponentials.sum(axis=-1, keepdims=True)
+    denominator = exponentials.sum(axis=-1, keepdims=True) + np.exp(sinks - highest)
     lse = highest + np.log(denominator)
-    return exponentials / np.where(empty, 1, denominator), lse[..., 0]
+    return exponentials / np.where(nothing, 1, denominator), lse[..., 0]
 
 
 def _weighted_sum(weights: Array, value: Array, visible: Array) -> Array:

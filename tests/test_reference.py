@@ -1,12 +1,15 @@
 """The reference against numbers worked by hand and against torch, which wrote its own."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from checks import make_inputs
+from numba import njit
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fastattn import reference
@@ -15,6 +18,7 @@ from fastattn.reference import (
     attention_weights,
     merge_states,
     scaled_dot_product_attention,
+    varlen_attention,
 )
 
 NAN, INF = np.nan, np.inf
@@ -83,17 +87,47 @@ class TestOrderOfOperations:
             weights = attention_weights(ONE_QUERY, key, stage=stage, **keywords)
             assert_array_equal(weights, [expected], err_msg=stage)
 
+    def test_stages_of_every_step(self):
+        """Scores 2, -2, 4, 2; each step changes what the one before it left."""
+        key = np.array([[1.0], [-1.0], [2.0], [1.0]])
+        keywords = {
+            "scale": 2,
+            "softcap": 2.0,
+            "alibi_slopes": [0.5],
+            "query_offset": 1,
+            "bias": np.array([[0.0, 1.0, 0.0, 0.0]]),
+            "score_mod": lambda score, b, h, i, j: 10 * score,
+            "mask_mod": lambda b, h, i, j: j != 2,
+            "window": (None, 1),
+        }
+        one, two = 2 * np.tanh(1), 2 * np.tanh(2)
+        for stage, expected in {
+            "scores": [2.0, -2.0, 4.0, 2.0],
+            "softcapped": [one, -one, two, one],
+            "biased": [10 * (one - 0.5), 10 * (-one + 1), -INF, -INF],
+        }.items():
+            weights = attention_weights(ONE_QUERY, key, stage=stage, **keywords)
+            assert_allclose(weights, [expected], rtol=1e-15, err_msg=stage)
+
     def test_bias_is_not_scaled(self):
         key, bias = np.zeros((2, 1)), np.log([[3.0, 1.0]])
         assert_allclose(attention_weights(ONE_QUERY, key, bias=bias, scale=9), [[0.75, 0.25]])
 
     @pytest.mark.parametrize("rows", [1, -1, slice(1, None, 2), [2, 0, 0], np.array([1])])
     def test_rows(self, rows, rng):
-        query, key, _ = make_inputs(rng, seqlen_q=4)
-        whole = attention_weights(query, key, causal=True)
-        assert_array_equal(
-            attention_weights(query, key, causal=True, rows=rows), whole[..., rows, :]
-        )
+        query, key, _ = make_inputs(rng, seqlen_q=4, dtype=np.float64)
+        keywords = {
+            "causal": True,
+            "mask": rng.random((4, 7)) < 0.7,
+            "bias": rng.standard_normal((2, 1, 4, 7)),
+            "alibi_slopes": [0.3, 0.2, 0.1],
+            "mask_mod": lambda b, h, i, j: i + h != j,
+            "score_mod": lambda score, b, h, i, j: score + b - i * j,
+        }
+        whole = attention_weights(query, key, **keywords)
+        part = attention_weights(query, key, rows=rows, **keywords)
+        assert part.shape == whole[..., rows, :].shape
+        assert_allclose(part, whole[..., rows, :], rtol=1e-13)
 
 
 class TestVisibility:
@@ -144,11 +178,243 @@ class TestVisibility:
         assert (weights[0, 0] > 0).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
         assert (weights[1, 0] > 0).tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
+    @pytest.mark.parametrize(
+        ("window", "expected"),
+        [
+            ((1, 0), [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]),
+            ((0, 1), [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]),
+            ((1, None), [[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]),
+            ((None, 0), [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]),
+            ((0, 0), [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]),
+            ((None, None), [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]),
+            ((9, 9), [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]),
+        ],
+        ids=str,
+    )
+    def test_window_drawings(self, window, expected):
+        """Without causal the queries stand at the end of the keys, as with it."""
+        assert visible(2, 5, window=window) == expected
+
+    def test_window_and_alignment(self):
+        assert visible(2, 5, window=(1, 1), causal="top_left") == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+        assert visible(2, 5, window=(1, 9), causal=True) == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+        assert visible(2, 5, window=(0, 0), query_offset=1) == [[0, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
+        assert visible(2, 5, window=(1, 0), kv_lengths=3) == [[1, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
+        assert visible(3, 1, window=(0, 1)) == [[0], [1], [1]]
+
+    def test_mask_mod(self):
+        assert visible(2, 3, mask_mod=lambda b, h, i, j: i != j) == [[0, 1, 1], [1, 0, 1]]
+
+    def test_mask_mod_knows_batch_entry_and_query_head(self):
+        query, key = np.zeros((3, 2, 4, 1, 1)), np.zeros((3, 2, 2, 24, 1))
+        mask_mod = lambda b, h, i, j: j == 4 * b + h  # noqa: E731
+        weights = attention_weights(query, key, mask_mod=mask_mod)
+        assert_array_equal(weights.argmax(-1).ravel(), np.arange(24))
+        assert_array_equal(weights.max(-1), 1)
+
+    @pytest.mark.parametrize("heads", [1, 2])
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_block_mask(self, batch, heads):
+        """Blocks of 2 x 3 on 3 x 5 scores; a partial block asks, and only that."""
+        states = np.array([[2, 0], [1, 2]], np.int8)
+        blocks = Blocks(np.tile(states, (batch, heads, 1, 1)), (2, 3), lambda b, h, i, j: j == 1)
+        expected = [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 1, 0, 1, 1]]
+        query, key = np.zeros((3, 2, 3, 1)), np.zeros((3, 1, 5, 1))
+        weights = attention_weights(query, key, block_mask=blocks)
+        assert_array_equal(weights > 0, np.broadcast_to(expected, weights.shape))
+        weights = attention_weights(query, key, block_mask=blocks, rows=2)
+        assert_array_equal(weights > 0, np.broadcast_to(expected[2], weights.shape))
+
+    def test_block_mask_for_each_batch_entry_and_head(self):
+        states = np.array([[[[2]], [[0]]], [[[0]], [[2]]]], np.int8)
+        blocks = Blocks(states, (4, 4), lambda b, h, i, j: False)
+        weights = attention_weights(
+            np.zeros((1, 2, 2, 3, 1)), np.zeros((1, 2, 2, 4, 1)), block_mask=blocks
+        )
+        assert_array_equal(weights[0, :, :, 0, 0] > 0, [[True, False], [False, True]])
+
     def test_everything_composes(self):
         mask = np.array([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]], bool)
         bias = np.array([-INF, 0, 0, 0, 0])
         drawn = visible(2, 5, causal=True, kv_lengths=4, mask=mask, bias=bias)
         assert drawn == [[0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]
+
+
+class Blocks(NamedTuple):
+    """What the reference reads of a BlockMask."""
+
+    states: np.ndarray
+    block_size: tuple[int, int]
+    mask_mod: Callable[..., bool]
+
+
+class TestSoftcap:
+    def test_numbers(self):
+        """tanh of an odd multiple of log(2) / 2 is rational: 3/5 of log(2), 15/17 of log(4)."""
+        key = 10 * np.log([[2.0], [4.0], [0.5]])
+        scores = attention_weights(ONE_QUERY, key, stage="softcapped", scale=1, softcap=10)
+        assert_allclose(scores, [[6.0, 150 / 17, -6.0]], rtol=1e-15)
+
+    def test_limits(self):
+        key = np.array([[1e-3], [1e6], [-INF], [INF], [NAN]])
+        scores = attention_weights(ONE_QUERY, key, stage="softcapped", scale=1, softcap=30)
+        assert_allclose(scores, [[1e-3, 30, -30, 30, NAN]], rtol=1e-9)
+
+    def test_it_comes_before_the_bias(self):
+        bias = np.array([[100.0, 0.0]])
+        scores = attention_weights(
+            ONE_QUERY, np.zeros((2, 1)), stage="biased", bias=bias, softcap=1
+        )
+        assert_array_equal(scores, bias)
+
+
+class TestAlibi:
+    def test_drawing(self):
+        weights = attention_weights(
+            np.zeros((2, 1)), np.zeros((5, 1)), stage="biased", alibi_slopes=[1.0]
+        )
+        assert_array_equal(weights, [[-3, -2, -1, 0, -1], [-4, -3, -2, -1, 0]])
+
+    def test_alignment(self):
+        query, key = np.zeros((1, 1)), np.zeros((3, 1))
+        for keywords, expected in (
+            ({"causal": "top_left"}, [0, -INF, -INF]),
+            ({"query_offset": 0}, [0, -0.5, -1]),
+            ({"query_offset": -1}, [-0.5, -1, -1.5]),
+            ({"kv_lengths": 2}, [-0.5, 0, -INF]),
+        ):
+            scores = attention_weights(query, key, stage="biased", alibi_slopes=[0.5], **keywords)
+            assert_array_equal(scores, [expected], err_msg=str(keywords))
+
+    def test_slopes_of_heads_and_batch_entries(self):
+        query, key = np.zeros((2, 2, 1, 1)), np.zeros((2, 1, 2, 1))
+        scores = attention_weights(query, key, stage="biased", alibi_slopes=[1, 2])
+        assert_array_equal(scores[:, :, 0, 0], [[-1, -2], [-1, -2]])
+        scores = attention_weights(query, key, stage="biased", alibi_slopes=[[1, 2], [3, 4]])
+        assert_array_equal(scores[:, :, 0, 0], [[-1, -2], [-3, -4]])
+
+
+class TestSinks:
+    def test_two_keys(self):
+        """Scores log 3 and 0 and a sink of log 4: weights 3/8 and 1/8, the rest is the sink's."""
+        key, value = np.array([[np.log(3)], [0.0]]), np.array([[8.0], [16.0]])
+        keywords = {"scale": 1, "sinks": np.log([4.0])}
+        output, lse = attention(ONE_QUERY, key, value, return_lse=True, **keywords)
+        assert_allclose(output, [[5.0]], rtol=1e-15)
+        assert_allclose(lse, [np.log(8)], rtol=1e-15)
+        assert_allclose(attention_weights(ONE_QUERY, key, **keywords), [[3 / 8, 1 / 8]])
+
+    def test_a_sink_for_each_head(self):
+        query, key = np.zeros((2, 1, 1)), np.zeros((1, 1, 1))
+        output = attention(query, key, np.ones((1, 1, 1)), sinks=np.log([1.0, 3.0]))
+        assert_allclose(output.ravel(), [1 / 2, 1 / 4], rtol=1e-15)
+
+    def test_a_sink_alone(self):
+        """A row that sees no key: output 0, lse the sink itself."""
+        output, lse = attention(
+            ONE_QUERY, [[1.0]], [[NAN]], sinks=[0.3], kv_lengths=0, return_lse=True
+        )
+        assert (output.item(), lse.item()) == (0.0, 0.3)
+
+    @pytest.mark.parametrize("sink", [1000.0, -1000.0])
+    def test_far_from_the_scores(self, sink):
+        output, lse = attention(ONE_QUERY, [[1.0]], [[5.0]], sinks=[sink], return_lse=True)
+        assert (output.item(), lse.item()) == ((0.0, 1000.0) if sink > 0 else (5.0, 1.0))
+
+    def test_minus_inf_is_no_sink(self, rng):
+        inputs = make_inputs(rng)
+        lengths = {"kv_lengths": [0, 7], "return_lse": True}
+        for ours, expected in zip(
+            attention(*inputs, sinks=np.full(3, -INF), **lengths),
+            attention(*inputs, **lengths),
+            strict=True,
+        ):
+            assert_array_equal(ours, expected)
+
+
+class TestScoreMod:
+    def test_it_sees_the_score_and_where_it_stands(self):
+        query, key = np.ones((2, 2, 3, 1)), np.arange(4.0).reshape(1, 1, 4, 1)
+
+        def score_mod(score, b, h, i, j):
+            return score + 10 * i + 100 * h + 1000 * b
+
+        scores = attention_weights(query, key, stage="biased", score_mod=score_mod)
+        b, h, i, j = np.indices((2, 2, 3, 4))
+        assert_array_equal(scores, j + 10 * i + 100 * h + 1000 * b)
+
+    def test_minus_inf_hides(self):
+        def score_mod(score, b, h, i, j):
+            return -INF if j == 1 else score
+
+        value = np.array([[1.0], [NAN], [3.0]])
+        assert attention(ONE_QUERY, np.zeros((3, 1)), value, score_mod=score_mod).item() == 2.0
+        output, lse = attention(
+            ONE_QUERY, np.zeros((3, 1)), value, return_lse=True, score_mod=lambda *_: -INF
+        )
+        assert (output.item(), lse.item()) == (0.0, -INF)
+
+    def test_it_cannot_show_what_a_bias_hides(self):
+        bias = np.array([0.0, -INF])
+        scores = attention_weights(
+            ONE_QUERY, np.zeros((2, 1)), stage="biased", bias=bias, score_mod=lambda *_: 7.0
+        )
+        assert_array_equal(scores, [[7.0, -INF]])
+
+    def test_jitted(self):
+        score_mod = njit(lambda score, b, h, i, j: 2 * score)
+        scores = attention_weights(ONE_QUERY, [[3.0]], stage="biased", score_mod=score_mod)
+        assert scores.item() == 6.0
+
+
+class TestVarlen:
+    @pytest.mark.parametrize("causal", [False, True, "top_left"])
+    def test_sequences_by_themselves(self, causal, rng):
+        """Lengths 2, 0, 3 and 1 of queries, 3, 2, 0 and 4 of keys."""
+        starts_q, starts_kv = [0, 2, 2, 5, 6], [0, 3, 5, 5, 9]
+        query = rng.standard_normal((6, 4, 5))
+        key, value = rng.standard_normal((9, 2, 5)), rng.standard_normal((9, 2, 3))
+        slopes, offsets = rng.random((4, 4)), np.array([1, 0, 2, 1])
+        keywords = {"causal": causal, "window": (2, 1), "sinks": rng.random(4), "softcap": 2.0}
+        output, lse = varlen_attention(
+            query,
+            key,
+            value,
+            starts_q,
+            starts_kv,
+            return_lse=True,
+            **keywords,
+            alibi_slopes=slopes,
+            query_offset=offsets,
+            score_mod=lambda score, b, h, i, j: score + b * h - i + j,
+            mask_mod=lambda b, h, i, j: (i + j + b) % 3 > 0,
+        )
+        assert (output.shape, lse.shape) == ((6, 4, 3), (4, 6))
+        for b in range(4):
+            rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_kv[b : b + 2])
+            i, j = np.ogrid[: rows.stop - rows.start, : keys.stop - keys.start]
+            h = np.arange(4)[:, None, None]
+            one, one_lse = attention(
+                query[rows].swapaxes(0, 1),
+                key[keys].swapaxes(0, 1),
+                value[keys].swapaxes(0, 1),
+                return_lse=True,
+                **keywords,
+                alibi_slopes=slopes[b],
+                query_offset=offsets[b],
+                bias=b * h - i + j,
+                mask=(i + j + b) % 3 > 0,
+            )
+            assert_allclose(output[rows].swapaxes(0, 1), one, rtol=1e-12)
+            assert_allclose(lse[:, rows], one_lse, rtol=1e-12)
+
+    def test_keys_have_the_lengths_of_the_queries(self, rng):
+        x = rng.standard_normal((5, 1, 3))
+        out = np.empty((5, 1, 3))
+        assert varlen_attention(x, x, x, [0, 2, 5], out=out) is out
+        assert_array_equal(out, varlen_attention(x, x, x, [0, 2, 5], [0, 2, 5]))
+        first = attention(x[:2, 0], x[:2, 0], x[:2, 0])
+        assert_allclose(out[:2, 0], first, rtol=1e-14)
 
 
 class TestNothingVisible:

@@ -1,6 +1,6 @@
 """Attention for NumPy arrays on the CPU: fused, parallel, compiled by Numba."""
 
-from fastattn import plot, reference
+from fastattn import masks, plot, reference
 from fastattn.attention import (
     attention,
     attention_weights,
@@ -8,6 +8,7 @@ from fastattn.attention import (
     scaled_dot_product_attention,
 )
 from fastattn.layers import MultiHeadAttention
+from fastattn.masks import BlockMask, create_block_mask
 from fastattn.positions import (
     alibi_slopes,
     apply_rotary,
@@ -20,13 +21,16 @@ from fastattn.runtime import get_num_threads, set_num_threads, show_versions, wa
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "MultiHeadAttention",
     "alibi_slopes",
     "apply_rotary",
     "attention",
     "attention_weights",
+    "create_block_mask",
     "embed_tokens",
     "get_num_threads",
+    "masks",
     "merge_states",
     "plot",
     "reference",

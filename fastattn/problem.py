@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from inspect import signature
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -471,21 +473,126 @@ def check_positions(
     return position, 0 if causal else UNBOUNDED
 
 
-def check_scale(scale: float | None, head_dim: int) -> float:
+def check_scale(scale: Any, head_dim: int) -> float:
     """Return the scale as a float."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, str | bytes):
-        raise TypeError(f"scale must be a real number or None: got {scale!r}")
-    try:
-        number = float(scale)
-    except OverflowError:
-        raise ValueError(f"scale must be finite: got {scale}") from None
-    except (TypeError, ValueError):
-        raise TypeError(f"scale must be a real number or None: got {scale!r}") from None
+    number = _real("scale", scale, " or None")
     if not math.isfinite(number):
         raise ValueError(f"scale must be finite: got {number}")
     return number
+
+
+def _real(name: str, value: Any, other: str = "") -> float:
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be a real number{other}: got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite: got {value}") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number{other}: got {value!r}") from None
+
+
+def check_int(name: str, number: Any, least: int | None = None) -> int:
+    """Return an int, which may have a bound."""
+    if isinstance(number, bool) or not isinstance(number, int | np.integer):
+        raise TypeError(f"{name} must be an int: got {number!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}: got {number}")
+    return int(number)
+
+
+def check_window(window: Any) -> tuple[int, int]:
+    """Return how far left and right of its position a query sees."""
+    try:
+        left, right = window
+    except TypeError:
+        raise TypeError(f"window must be a pair (left, right): got {window!r}") from None
+    except ValueError:
+        raise ValueError(f"window must be a pair (left, right): got {window!r}") from None
+    return _window_bound(left), _window_bound(right)
+
+
+def _window_bound(bound: Any) -> int:
+    if bound is None:
+        return UNBOUNDED
+    if isinstance(bound, float | np.floating):
+        raise ValueError(f"window must have whole numbers, or None for no bound: got {bound}")
+    if isinstance(bound, bool) or not isinstance(bound, int | np.integer):
+        raise TypeError(f"window must have ints, or None for no bound: got {bound!r}")
+    if bound < 0:
+        raise ValueError(
+            f"window must have bounds of at least 0, or None for no bound: got {bound}"
+        )
+    return min(int(bound), UNBOUNDED)
+
+
+def check_softcap(softcap: Any, accumulation: np.dtype[Any]) -> float:
+    """Return the softcap as a float."""
+    number = _real("softcap", softcap)
+    if not 0 < accumulation.type(number) < math.inf:
+        raise ValueError(f"softcap must be above 0 and finite in {accumulation}: got {softcap}")
+    return number
+
+
+def check_per_row(name: str, numbers: ArrayLike) -> Array:
+    """Return ints of shape (seqlen,) or (batch, seqlen) as (batch or 1, seqlen) int64."""
+    x = as_array(name, numbers)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be ints: got {x.dtype}")
+    if x.ndim not in (1, 2):
+        raise ValueError(f"{name} must have 1 or 2 dimensions: got shape {x.shape}")
+    return np.atleast_2d(np.ascontiguousarray(x, np.int64))
+
+
+# ---------------------------------------------------------------------------
+# Functions of the caller's
+# ---------------------------------------------------------------------------
+
+_ARGUMENTS = ("score", "b", "h", "i", "j")
+
+
+@lru_cache(maxsize=256)
+def check_mod(name: str, function: Any, accumulation: np.dtype[Any] | None = None) -> Any:
+    """Return a mask_mod, or a score_mod for scores of a type, compiled for kernels."""
+    expected = ", ".join(_ARGUMENTS[accumulation is None :])
+    called = function.func if isinstance(function, partial) else function
+    called = getattr(called, "py_func", called)
+    if not isinstance(called, FunctionType):
+        raise TypeError(
+            f"{name} must be a function of ({expected}), plain or jitted by Numba: got {function!r}"
+        )
+    if isinstance(function, partial) and function.keywords:
+        raise TypeError(f"{name} must hold no keyword in functools.partial: got {function!r}")
+    place = (
+        f"{called.__qualname__} ({called.__code__.co_filename}:{called.__code__.co_firstlineno})"
+    )
+    held = function.args if isinstance(function, partial) else ()
+    try:
+        signature(called).bind(*held, *expected.split(", "))
+    except TypeError:
+        raise TypeError(
+            f"{name} must take the arguments ({expected}): got {place} with {signature(called)}"
+        ) from None
+
+    from fastattn.kernels import custom
+
+    try:
+        if accumulation is None:
+            return custom.mask_mod(function)
+        return custom.score_mod(function, accumulation)
+    except Exception as error:
+        raise TypeError(f"{name} must compile with Numba: got {place}: {error}") from error
+
+
+def check_block_size(block_size: Any) -> tuple[int, int]:
+    """Return the queries and keys of one block."""
+    sizes = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+    if len(sizes) != 2:
+        raise ValueError(f"block_size must be an int or a pair of ints: got {block_size!r}")
+    block_q, block_kv = (check_int("block_size", size, 1) for size in sizes)
+    return block_q, block_kv
 
 
 # ---------------------------------------------------------------------------

@@ -107,7 +107,9 @@ def launch(kernel: int, record: Any, workers: int) -> None:
     global _layer
     from fastattn.kernels import launch as kernels
 
-    if _layer in ("omp", "tbb"):
+    if workers == 1:
+        kernels.call(kernel, record)
+    elif _layer in ("omp", "tbb"):
         kernels.launcher()(kernel, record, workers)
     elif _launching.acquire(blocking=False):
         try:

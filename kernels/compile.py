@@ -26,9 +26,15 @@ _FLAGS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "nsz"
 _compiled: dict[str, CFunc] = {}
 
 
-def _c_function(name: str, signature: Any, function: Callable[..., Any]) -> CFunc:
+def _c_function(
+    name: str, signature: Any, function: Callable[..., Any], *, kept: bool = True
+) -> CFunc:
+    # Symbols are made of the qualified name and a number that the next process gives to another
+    # function: code from disk must not answer to the name of new code.
+    function.__qualname__ = name
     compiled = CFunc(function, normalize_signature(signature), locals={}, options=dict(_FLAGS))
-    keep(compiled, function, name)
+    if kept:
+        keep(compiled, function, name)
     compiled.compile()
     _compiled[name] = compiled
     return compiled
@@ -49,12 +55,12 @@ def routine(signature: Any, *variant: Any) -> Callable[[Callable[..., Any]], Any
     return decorate
 
 
-def kernel(*variant: Any) -> Callable[[Callable[..., Any]], int]:
+def kernel(*variant: Any, kept: bool = True) -> Callable[[Callable[..., Any]], int]:
     """A whole kernel: the address of a C function of the address of its problem."""
 
     def decorate(function: Callable[..., Any]) -> int:
         name = "_".join(["fastattn", function.__name__, *map(str, variant)])
-        compiled = _c_function(name, types.void(types.int64), function)
+        compiled = _c_function(name, types.void(types.int64), function, kept=kept)
         assert compiled.address is not None  # it has been compiled
         return compiled.address
 

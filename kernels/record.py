@@ -27,6 +27,27 @@ OPERAND = np.dtype(
 )
 OPERANDS = ("q", "k", "v", "out", "mask", "bias", "k_scale", "v_scale")
 
+# A function of the caller's, as ``custom`` compiles it.
+CUSTOM = np.dtype(
+    [
+        ("address", np.int64),  # of a C function of one TILE
+        ("frozen", np.int64),  # address of the arguments that functools.partial holds
+    ]
+)
+
+# What is known of a mask by blocks. A step is 0 along an axis that is broadcast.
+BLOCK_MASK = np.dtype(
+    [
+        ("states", np.int64),  # address of (batch, head, row, column) bytes
+        ("batch_step", np.int64),
+        ("head_step", np.int64),
+        ("row_step", np.int64),
+        ("queries", np.int64),  # of one block
+        ("keys", np.int64),
+        ("mask_mod", CUSTOM),
+    ]
+)
+
 PROBLEM = np.dtype(
     [(name, OPERAND) for name in OPERANDS]
     + [
@@ -52,9 +73,57 @@ PROBLEM = np.dtype(
             "right",  # to p + right
             "states",  # decode: address of what is known after each chunk of keys, if there are
             "finished",  # several; and of how many are done, for each kv head of each batch entry
+            "slopes",  # address of (batch, head) in the accumulation type,
+            "slopes_step",  # and elements from one batch entry to the next
+            "sinks",  # address of (head) in the accumulation type
+            # Packed sequences: address of where each starts among the queries, and where the last
+            # one ends; then ``seqlen_q`` is that of all,
+            "starts",
+            "work",  # address of (batch entry, first row, rows) of each work item of a kv head
+            "work_items",
         )
     ]
-    + [("scale", np.float64)]
+    + [
+        ("scale", np.float64),  # divided by the softcap
+        ("softcap", np.float64),
+        ("score_mod", CUSTOM),
+        ("mask_mod", CUSTOM),
+        ("blocks", BLOCK_MASK),
+    ]
+)
+
+# What a function of the caller's is asked about: one tile of queries and one block of keys.
+TILE = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "scores",  # address of S^T (keys, queries) in the accumulation type
+            "visible",  # address of one word for each query, bit n of which stands for key + n
+            "queries",  # whole registers
+            "keys",
+            "batch",
+            "key",  # the first of the block
+            "heads",  # address of the head of each query,
+            "rows",  # and of its number in that head
+            "frozen",  # address of the arguments that functools.partial holds
+        )
+    ]
+)
+
+# What a block of a mask is known as, and the record of finding it out.
+HIDDEN, PARTIAL, VISIBLE = range(3)
+BLOCKS = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "counter",  # the number of the next row of blocks
+            "batches",
+            "heads",
+            "seqlen_q",
+            "seqlen_kv",
+        )
+    ]
+    + [("mask", BLOCK_MASK)]
 )
 
 # Keys of one chunk of decode. Small enough to share one long sequence between many cores, large

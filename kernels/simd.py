@@ -117,13 +117,19 @@ def _constant(vector: ir.VectorType, value: float) -> ir.Value:
 def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     # llvmlite's builder.fma refuses vectors. Without the instruction llvm.fma would call libm for
     # every lane; fmuladd becomes a multiplication and an addition.
-    vector = a.type
+    return _call_vector(builder, "fma" if HOST.fused else "fmuladd", a, b, c)
+
+
+def _call_vector(builder: ir.IRBuilder, name: str, *xs: ir.Value) -> ir.Value:
+    """Call an intrinsic of LLVM that takes vectors and returns one like them."""
+    vector = xs[0].type
     bits = 32 if vector.element == ir.FloatType() else 64
-    name = f"llvm.{'fma' if HOST.fused else 'fmuladd'}.v{vector.count}f{bits}"
     function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(vector, [vector] * 3), name
+        builder.module,
+        ir.FunctionType(vector, [vector] * len(xs)),
+        f"llvm.{name}.v{vector.count}f{bits}",
     )
-    return builder.call(function, [a, b, c])
+    return builder.call(function, xs)
 
 
 def _bytes_on(builder: ir.IRBuilder, pointer: ir.Value, count: ir.Value) -> ir.Value:
@@ -195,6 +201,18 @@ def call_kernel(typingctx, kernel, problem):
 
 
 @intrinsic
+def value_at(typingctx, address, like):
+    """The value at an integer address, of the type that ``like``, a type or a value, has."""
+    result = getattr(like, "instance_type", like)
+
+    def codegen(context, builder, sig, args):
+        at = builder.inttoptr(args[0], context.get_value_type(result).as_pointer())
+        return builder.load(at, align=8)
+
+    return result(types.int64, like), codegen
+
+
+@intrinsic
 def address(typingctx, pointer):
     """A pointer as an integer."""
 
@@ -250,6 +268,24 @@ def bytes_on(typingctx, pointer, count):
         return _bytes_on(builder, *args)
 
     return pointer(pointer, types.intp), codegen
+
+
+@intrinsic
+def prefetch(typingctx, pointer):
+    """Ask for the cache line of an address, which need not exist."""
+
+    def codegen(context, builder, sig, args):
+        at = builder.bitcast(args[0], _i8.as_pointer())
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [at.type, _i32, _i32, _i32]),
+            "llvm.prefetch.p0",
+        )
+        # For reading, to be kept in all caches, data.
+        builder.call(function, [at, _i32(0), _i32(2), _i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
 
 
 # ---------------------------------------------------------------------------
@@ -546,6 +582,18 @@ def where_less(typingctx, a, b, yes, no):
 
 
 @intrinsic
+def any_nan(typingctx, row):
+    """Whether any lane of one register is NaN, as 0 or 1."""
+
+    def codegen(context, builder, sig, args):
+        (x,) = _unpack(builder, args[0])
+        found = builder.bitcast(builder.fcmp_unordered("uno", x, x), ir.IntType(row.lanes))
+        return builder.zext(builder.icmp_unsigned("!=", found, found.type(0)), _i64)
+
+    return types.intp(row), codegen
+
+
+@intrinsic
 def exp(typingctx, x):
     """``exp(x)`` for ``x <= 0``, 0 below the range of normal numbers; NaN stays NaN."""
     emit = _exp_by_table if HOST.looks_up else _exp_by_polynomial
@@ -651,6 +699,89 @@ def _exp_by_table(builder: ir.IRBuilder, tile: Tile, xs: list[ir.Value]) -> list
         builder.select(builder.fcmp_unordered(">=", x, floor), result, nothing)
         for x, result in zip(xs, results, strict=True)
     ]
+
+
+@intrinsic
+def tanh(typingctx, x):
+    """``tanh(x)``, as near for small x as for large ones; NaN stays NaN."""
+    vector = x.vector
+    constants = EXPONENTIALS[str(x.element)]
+
+    def codegen(context, builder, sig, args):
+        # tanh |x| = -e / (2 + e) with e = exp(-2 |x|) - 1. Of exp(f) = 1 + f + ... the 1 is left
+        # out: e is then 2**n (exp(f) - 1) + (2**n - 1), where nothing is lost for n = 0.
+        xs = _unpack(builder, args[0])
+        sizes = [_call_vector(builder, "fabs", each) for each in xs]
+        floor = _constant(vector, -constants.exponent_bias * math.log(2))
+        doubled = [
+            _emit_maximum(builder, floor, builder.fmul(each, _constant(vector, -2.0)))
+            for each in sizes
+        ]
+        exponents, fractions = _reduced(builder, x, doubled, 1, constants.exponent_bias)
+        shift = _constant(_integers(vector), constants.mantissa_bits)
+        powers = [builder.bitcast(builder.shl(each, shift), vector) for each in exponents]
+        factors = _polynomial(builder, fractions, constants.coefficients[1:])
+        excess = [builder.fmul(*each) for each in zip(factors, fractions, strict=True)]
+        less_one = [builder.fsub(each, _constant(vector, 1.0)) for each in powers]
+        e = _multiply_add(builder, powers, excess, less_one)
+        quotients = [builder.fdiv(each, builder.fadd(each, _constant(vector, 2.0))) for each in e]
+        # The quotient is -tanh |x|; copysign does not look at its sign.
+        signed = [
+            _call_vector(builder, "copysign", *each) for each in zip(quotients, xs, strict=True)
+        ]
+        return _pack(builder, x, signed)
+
+    return x(x), codegen
+
+
+@intrinsic
+def magnitude(typingctx, x):
+    """``|x|``, lane by lane."""
+
+    def codegen(context, builder, sig, args):
+        return _lanewise(builder, x, lambda builder, a: _call_vector(builder, "fabs", a), args[0])
+
+    return x(x), codegen
+
+
+# ---------------------------------------------------------------------------
+# Bits of words: what queries see
+# ---------------------------------------------------------------------------
+
+
+@intrinsic
+def bits_of(typingctx, source):
+    """A word of which bit n is set where byte n of 64 is not zero."""
+
+    def codegen(context, builder, sig, args):
+        row = ir.VectorType(_i8, 64)
+        found = builder.load(builder.bitcast(args[0], row.as_pointer()), align=1)
+        return builder.bitcast(builder.icmp_unsigned("!=", found, ir.Constant(row, None)), _i64)
+
+    return types.int64(source), codegen
+
+
+@intrinsic
+def where_bit(typingctx, words, n, yes, no):
+    """``yes`` in the lanes where bit ``n + row`` of the lane's word is set, else ``no``.
+
+    The tiles have one column; ``words`` points to as many words as they have lanes.
+    """
+
+    def codegen(context, builder, sig, args):
+        at, first, chosen, others = args
+        row = ir.VectorType(_i64, yes.lanes)
+        found = builder.load(builder.bitcast(at, row.as_pointer()), align=8)
+        nothing = ir.Constant(row, None)
+        results = []
+        pairs = zip(_unpack(builder, chosen), _unpack(builder, others), strict=True)
+        for index, each in enumerate(pairs):
+            bit = builder.shl(_i64(1), builder.add(first, _i64(index)))
+            tested = builder.and_(found, _splat(builder, bit, row))
+            results.append(builder.select(builder.icmp_unsigned("!=", tested, nothing), *each))
+        return _pack(builder, yes, results)
+
+    return yes(words, types.intp, yes, no), codegen
 
 
 # ---------------------------------------------------------------------------
@@ -787,32 +918,75 @@ def accumulate(typingctx, acc, rescale, pointer, row_step):
     return types.void(acc, rescale, pointer, types.intp), codegen
 
 
+def _swap_blocks(builder: ir.IRBuilder, vectors: list[ir.Value], size: int) -> list[ir.Value]:
+    """Transpose every ``size x size`` block of a square of registers in its place."""
+    count = len(vectors)
+    order_type = ir.VectorType(_i32, count)
+    # Swap the off-diagonal blocks of size 2**k, from half of a block down to single elements.
+    step = size // 2
+    while step:
+        for row in range(count):
+            if row & step:
+                continue
+            upper, lower = vectors[row], vectors[row + step]
+            left = [j - step + count if j & step else j for j in range(count)]
+            right = [j + count if j & step else j + step for j in range(count)]
+            vectors[row], vectors[row + step] = (
+                builder.shuffle_vector(upper, lower, ir.Constant(order_type, order))
+                for order in (left, right)
+            )
+        step //= 2
+    return vectors
+
+
 @intrinsic
 def transpose(typingctx, tile):
     """Rows become lanes; the tile has one column and as many rows as lanes."""
-    count = tile.lanes
 
     def codegen(context, builder, sig, args):
         vectors = _unpack(builder, args[0])
-        # Swap the off-diagonal blocks of size 2**k, from half the matrix down to single elements.
-        step = count // 2
-        while step:
-            for row in range(count):
-                if row & step:
-                    continue
-                upper, lower = vectors[row], vectors[row + step]
-                left = [j - step + count if j & step else j for j in range(count)]
-                right = [j + count if j & step else j + step for j in range(count)]
-                vectors[row], vectors[row + step] = (
-                    builder.shuffle_vector(
-                        upper, lower, ir.Constant(ir.VectorType(_i32, count), order)
-                    )
-                    for order in (left, right)
-                )
-            step //= 2
-        return _pack(builder, tile, vectors)
+        return _pack(builder, tile, _swap_blocks(builder, vectors, tile.lanes))
 
     return tile(tile), codegen
+
+
+@intrinsic
+def load_transposed(typingctx, like, pointer, row_step):
+    """The transpose of what ``load_apart`` loads, in half of the steps between registers.
+
+    Rows are loaded in parts of 16 bytes, each to where it is to be transposed.
+    """
+    size = 16 // like.itemsize
+    parts = like.lanes // size
+
+    def codegen(context, builder, sig, args):
+        _, base, step = args
+        part = ir.VectorType(like.vector.element, size)
+
+        def load_part(row, index):
+            at = _bytes_on(builder, base, builder.mul(step, _i64(row)))
+            at = builder.gep(at, [_i64(index * size)])
+            return builder.load(builder.bitcast(at, part.as_pointer()), align=1)
+
+        # Block m of register m * size + r is part m of row r, of row r + size, and so on.
+        vectors = [
+            _joined(builder, [load_part(r + p * size, m) for p in range(parts)])
+            for m in range(parts)
+            for r in range(size)
+        ]
+        return _pack(builder, like, _swap_blocks(builder, vectors, size))
+
+    return like(like, pointer, types.intp), codegen
+
+
+def _joined(builder: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """One register of as many parts as it has room for."""
+    while len(parts) > 1:
+        count = 2 * parts[0].type.count
+        order = ir.Constant(ir.VectorType(_i32, count), list(range(count)))
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [builder.shuffle_vector(*pair, order) for pair in pairs]
+    return parts[0]
 
 
 # ---------------------------------------------------------------------------
@@ -1039,3 +1213,92 @@ def take_ticket(typingctx, counter):
         return builder.atomic_rmw("add", args[0], _i64(1), "acq_rel")
 
     return types.int64(counter), codegen
+
+
+# ---------------------------------------------------------------------------
+# Scalar code over lanes
+# ---------------------------------------------------------------------------
+
+
+class _LoopHints(ir.MDValue):
+    """Metadata of a loop, which names itself first so that no two loops share it."""
+
+    def descr(self, buf: Any) -> None:
+        operands = ", ".join(each.get_reference() for each in (self, *self.operands))
+        buf += (f"distinct !{{ {operands} }}", "\n")
+
+
+def _vectorisable(module: ir.Module) -> ir.MDValue:
+    """Hints for a loop over lanes: unrolled, it would be no loop when the vectoriser comes."""
+
+    def hint(name: str, *operands: ir.Value) -> ir.MDValue:
+        return module.add_metadata([ir.MetaDataString(module, name), *operands])
+
+    vectorised = hint("llvm.loop.isvectorized", _i32(1))
+    hints = (
+        hint("llvm.loop.unroll.disable"),
+        hint("llvm.loop.interleave.count", _i32(1)),
+        # What is left of the loop then may be unrolled.
+        hint("llvm.loop.vectorize.followup_all", vectorised),
+    )
+    return _LoopHints(module, hints, str(len(module.metadata)))
+
+
+@intrinsic
+def map_lanes(typingctx, like, function, target, sources, shared):
+    """``target[x] = function(*(source[x] for source in sources), *shared)`` for every lane x.
+
+    For scalar code that others wrote: a loop over as many elements as one register of ``like`` has,
+    which LLVM vectorises where it sees how.
+    """
+    elements = [source.dtype for source in sources]
+    inner = typingctx.resolve_function_type(function, (*elements, *shared.types), {})
+    if inner is None or inner.return_type != target.dtype:
+        return None
+    count = like.lanes
+
+    def codegen(context, builder, sig, args):
+        _, _, target_at, *tuples = args
+        source_at, values = (
+            cgutils.unpack_tuple(builder, each, len(kind))
+            for each, kind in zip(tuples, (sources, shared), strict=True)
+        )
+
+        # LLVM would use half of such wide registers; llvmlite does not know this attribute.
+        width = f'"prefer-vector-width"="{8 * HOST.vector_bytes}"'
+        set.add(builder.function.attributes, width)
+
+        # On the stack, where LLVM knows that the results overwrite no source.
+        def row(kind):
+            return ir.VectorType(context.get_value_type(kind), count)
+
+        def copy(source, destination, kind):
+            at = [builder.bitcast(each, row(kind).as_pointer()) for each in (source, destination)]
+            builder.store(builder.load(at[0], align=kind.bitwidth // 8), at[1], align=8)
+
+        def on_stack(kind):
+            return cgutils.alloca_once(builder, context.get_value_type(kind), count)
+
+        staged = [on_stack(kind) for kind in elements]
+        for each in zip(source_at, staged, elements, strict=True):
+            copy(*each)
+        result = on_stack(target.dtype)
+
+        before = builder.block
+        loop, after = (builder.append_basic_block(name) for name in ("lanes", "lanes.after"))
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        x = builder.phi(_i64)
+        given = [builder.load(builder.gep(each, [x])) for each in staged]
+        returned = context.get_function(function, inner)(builder, [*given, *values])
+        builder.store(returned, builder.gep(result, [x]))
+        following = builder.add(x, _i64(1), flags=["nuw", "nsw"])
+        x.add_incoming(_i64(0), before)
+        x.add_incoming(following, builder.block)
+        end = builder.cbranch(builder.icmp_unsigned("<", following, _i64(count)), loop, after)
+        end.set_metadata("llvm.loop", _vectorisable(builder.module))
+        builder.position_at_end(after)
+        copy(result, target_at, target.dtype)
+        return context.get_dummy_value()
+
+    return types.void(like, function, target, sources, shared), codegen

@@ -31,25 +31,29 @@ from numba import types
 
 from .compile import glue, kernel
 from .host import HOST
-from .items import BLOCK_KV, between, head_and_query, item_of, problem_at, row_address, row_at
+from .items import (
+    ASKED,
+    BLOCK_KV,
+    EXTENT,
+    Places,
+    between,
+    item_of,
+    places_in,
+    problem_at,
+    row_address,
+    row_at,
+)
 from .record import ABSENT, CHUNK, COUNTER_OFFSET, FLOAT32, FLOAT64, INT8
 from .rows import careful_rows, row_softmax, rows_of
 from .simd import address, data, itemsize, keep, lanes_of, on, pointer, take_ticket
 from .staging import staging
-from .tiles import nonfinite_counter
+from .tiles import nonfinite_finder
+from .visibility import NOTHING, SOMETHING
 
 _BLOCKS = CHUNK // BLOCK_KV
 
 _BYTE = np.uint8(0)
 _INTEGER = np.int64(0)
-
-
-class Bounds(NamedTuple):
-    """Which keys the queries see."""
-
-    first: Any
-    last: Any
-    extent: Any
 
 
 class State(NamedTuple):
@@ -73,10 +77,11 @@ class Scratch(NamedTuple):
     s: Any  # a block of scores, transposed for ``modify`` (BLOCK_KV, queries)
     term: Any
     rows: Any
-    begin: Any
-    end: Any
-    bounds: Any
-    hides: Any  # for each block of the chunk, whether it may hold hidden keys
+    lanes: Any
+    words: Any
+    asked: Any
+    places: Places
+    sees: Any  # what the queries see of each block of the chunk
     q_length: int  # head_dim and head_dim_v, padded
     v_length: int
 
@@ -97,7 +102,7 @@ def decode(element: types.Float, storage: int) -> int:
     products = rows_of(element, storage)
     softmax = row_softmax(element)
     values_seen = careful_rows(element)
-    count_nonfinite = nonfinite_counter(element)
+    any_nonfinite = nonfinite_finder(element)
     parts = between(element)
     stage = staging(element)
 
@@ -129,13 +134,11 @@ def decode(element: types.Float, storage: int) -> int:
                 p[x * p_step + j] *= scratch.rows[j]
 
     @glue
-    def modify(problem, item, rows, queries, key, keys, p, scratch):
-        """Apply the modifiers, which take scores transposed; whether some may be hidden."""
+    def modify(problem, item, rows, queries, key, keys, sees, p, scratch):
+        """Apply the modifiers, which take scores transposed."""
         stage.transpose_rows(scratch.s, queries, p, p_step, queries, BLOCK_KV)
-        bounds = scratch.bounds
-        hides = parts.modify(problem, item, queries, 0, rows, key, keys, bounds, scratch)
+        parts.modify(problem, item, queries, rows, key, keys, sees, scratch.places, scratch)
         stage.transpose_rows(p, p_step, scratch.s, queries, BLOCK_KV, queries)
-        return hides
 
     @glue
     def add_values(problem, item, start, keys, rows, p, kept, hides, state, scratch):
@@ -147,7 +150,7 @@ def decode(element: types.Float, storage: int) -> int:
             if storage != native:
                 convert(start, v, head_dim_v, v_length, keys, scratch.v)
                 rows_of_v, row_step = scratch.v, v_length * itemsize(scratch.v)
-            if count_nonfinite(rows_of_v, row_step, keys, head_dim_v) > 0:
+            if any_nonfinite(rows_of_v, row_step, keys, head_dim_v) != 0:
                 values_seen(rows_of_v, row_step, keys, kept, p, p_step, rows, v_length, state.o)
                 return
         products.values(source, step, keys, p, p_step, rows, v_length, state.o, v_length)
@@ -156,10 +159,19 @@ def decode(element: types.Float, storage: int) -> int:
     def attend_chunk(problem, item, rows, queries, begin, end, state, scratch):
         """The state of the queries after the keys from ``begin`` to ``end`` alone."""
         kv_head, q_length = item.kv_head, scratch.q_length
+        changes = parts.changes_scores(problem)
         hides_some = False
         for key in range(begin, end, BLOCK_KV):
             keys = min(BLOCK_KV, end - key)
             p = on(scratch.p, key - begin)
+            sees = parts.look(problem, item, queries, rows, key, keys, scratch.places, scratch)
+            scratch.sees[(key - begin) // BLOCK_KV] = sees
+            hides_some = hides_some or parts.hides(problem, sees)
+            if sees == NOTHING:
+                for x in range(rows):
+                    for j in range(keys):
+                        p[x * p_step + j] = -np.inf
+                continue
             start = row_address(problem.k, item.k, kv_head, key)
             k, k_step = block(start, problem.k, problem.head_dim, q_length, keys, scratch.k)
             products.scores(
@@ -167,11 +179,8 @@ def decode(element: types.Float, storage: int) -> int:
             )
             if problem.k_scale.storage != ABSENT:
                 scale_columns(problem.k_scale, item.k_scale, kv_head, key, keys, rows, p, scratch)
-            hides = False
-            if parts.is_touched(problem, scratch.bounds, key, keys):
-                hides = modify(problem, item, rows, queries, key, keys, p, scratch)
-            scratch.hides[(key - begin) // BLOCK_KV] = hides
-            hides_some = hides_some or hides
+            if changes or sees == SOMETHING:
+                modify(problem, item, rows, queries, key, keys, sees, p, scratch)
 
         if hides_some:
             for n in range(rows * p_step):
@@ -180,11 +189,14 @@ def decode(element: types.Float, storage: int) -> int:
         for n in range(rows * scratch.v_length):
             state.o[n] = 0
         for key in range(begin, end, BLOCK_KV):
+            sees = scratch.sees[(key - begin) // BLOCK_KV]
+            if sees == NOTHING:
+                continue
             keys = min(BLOCK_KV, end - key)
             p, kept = on(scratch.p, key - begin), on(scratch.kept, key - begin)
             if problem.v_scale.storage != ABSENT:
                 scale_columns(problem.v_scale, item.v_scale, kv_head, key, keys, rows, p, scratch)
-            hides = scratch.hides[(key - begin) // BLOCK_KV] != 0
+            hides = parts.hides(problem, sees)
             start = row_address(problem.v, item.v, kv_head, key)
             add_values(problem, item, start, keys, rows, p, kept, hides, state, scratch)
 
@@ -195,18 +207,22 @@ def decode(element: types.Float, storage: int) -> int:
         return State(o, row_max, on(row_max, rows))
 
     @glue
-    def merge(states, size, first, last, rows, total, v_length):
+    def merge(problem, states, size, first, last, rows, total, heads, v_length):
         """The state after the chunks from ``first`` to ``last``, if any, in this order."""
         for x in range(rows):
-            highest = -np.inf
+            # A sink is one more part, with a value of zeros.
+            sink = -np.inf
+            if problem.sinks != 0:
+                sink = pointer(problem.sinks, zero)[heads[x]]
+            highest = sink
             for n in range(first, last + 1):
                 highest = max(highest, state_at(states + n * size, rows, v_length).row_max[x])
+            base = 0.0 if highest == -np.inf else highest
             total.row_max[x] = highest
-            total.row_sum[x] = 0
+            total.row_sum[x] = math.exp(sink - base)
             o = on(total.o, x * v_length)
             for f in range(v_length):
                 o[f] = 0
-            base = 0.0 if highest == -np.inf else highest
             for n in range(first, last + 1):
                 part = state_at(states + n * size, rows, v_length)
                 factor = math.exp(part.row_max[x] - base)
@@ -216,12 +232,12 @@ def decode(element: types.Float, storage: int) -> int:
                     o[f] += o_part[f] * factor
 
     @glue
-    def finish(problem, item, rows, total, scratch):
+    def finish(problem, item, rows, queries, total, scratch):
         """Divide by the sums and write the rows and their lse; 0 / 1 for a row that saw nothing."""
-        bounds, out = scratch.bounds, problem.out
+        places, out = scratch.places, problem.out
         for x in range(rows):
             if total.row_max[x] == -np.inf and parts.sees_a_key(
-                problem, item, x, bounds.first[x], bounds.last[x], scratch.term
+                problem, item, queries, rows, x, places, scratch
             ):
                 # Every visible score is -inf: as in the textbook form, -inf - -inf is NaN.
                 total.row_sum[x] = np.nan
@@ -231,19 +247,20 @@ def decode(element: types.Float, storage: int) -> int:
             o = on(total.o, x * scratch.v_length)
             for f in range(problem.head_dim_v):
                 o[f] = o[f] / divisor
-            target = row_at(problem, item, out, item.out, x)
+            target = row_at(out, item.out, places.heads[x], places.rows[x])
             stage.write_row(target, out.step, o, problem.head_dim_v, out.storage)
             if item.lse != 0:
-                head, query = head_and_query(problem, item, x)
+                n = places.heads[x] * problem.seqlen_q + places.rows[x]
                 lse = pointer(item.lse, zero)
-                lse[head * problem.seqlen_q + query] = total.row_max[x] + math.log(total.row_sum[x])
+                lse[n] = total.row_max[x] + math.log(total.row_sum[x])
 
     @glue
     def pack(problem, item, rows, scratch):
         """Read the queries."""
+        places = scratch.places
         for x in range(rows):
             q = on(scratch.q, x * scratch.q_length)
-            source = row_at(problem, item, problem.q, item.q, x)
+            source = row_at(problem.q, item.q, places.heads[x], places.rows[x])
             stage.read_row(q, source, problem.q.step, problem.head_dim, problem.q.storage)
             for d in range(problem.head_dim, scratch.q_length):
                 q[d] = 0
@@ -258,7 +275,7 @@ def decode(element: types.Float, storage: int) -> int:
         total = rows * q_length + 2 * queries * p_step + BLOCK_KV * (q_length + v_length)
         total += 2 * state_size + 3 * block_size + 2 * queries
         memory = np.empty(total + 64, np.dtype(type(zero)))
-        integers = np.empty(2 * queries + 4 + _BLOCKS, np.int64)
+        integers = np.empty(7 * queries + EXTENT + ASKED + _BLOCKS, np.int64)
         # Aligned, so that no register of scratch straddles two cache lines.
         p = pointer((address(data(memory)) + 63) // 64 * 64, zero)
         kept = on(p, queries * p_step)
@@ -268,12 +285,10 @@ def decode(element: types.Float, storage: int) -> int:
         s = on(q, rows * q_length)
         term = on(s, block_size)
         staged = on(term, block_size)
-        begin = on(staged, block_size)
-        end = on(begin, queries)
-        state = on(end, queries)
-        first = data(integers)
-        last = on(first, queries)
-        extent = on(last, queries)
+        lanes = on(staged, block_size)
+        state = on(lanes, 2 * queries)
+        words = on(data(integers), 5 * queries + EXTENT)
+        asked = on(words, 2 * queries)
         scratch = Scratch(
             q,
             p,
@@ -285,10 +300,11 @@ def decode(element: types.Float, storage: int) -> int:
             s,
             term,
             staged,
-            begin,
-            end,
-            Bounds(first, last, extent),
-            on(extent, 4),
+            lanes,
+            words,
+            asked,
+            places_in(data(integers), queries),
+            on(asked, ASKED),
             q_length,
             v_length,
         )
@@ -305,14 +321,14 @@ def decode(element: types.Float, storage: int) -> int:
         scratch, memory, integers = allocate(problem, rows, queries)
         v_length = scratch.v_length
         size = rows * (v_length + 2) * itemsize(scratch.q)
-        extent = scratch.bounds.extent
+        extent = scratch.places.extent
         counter = pointer(problem_address + COUNTER_OFFSET, _INTEGER)
         number = take_ticket(counter)
         while number < items:
             head, chunk = number // chunks, number % chunks
             batch, kv_head = head // problem.num_kv_heads, head % problem.num_kv_heads
             item = item_of(problem, kv_head, batch, itemsize(scratch.p))
-            parts.find_bounds(problem, item, queries, 0, rows, scratch.bounds)
+            parts.find_places(problem, item, queries, 0, rows, scratch.places)
             # The states of the head's chunks: in scratch where there is only one.
             states = address(scratch.state)
             if chunks > 1:
@@ -329,8 +345,9 @@ def decode(element: types.Float, storage: int) -> int:
             if done == chunks:
                 first, last = extent[0] // CHUNK, extent[3] // CHUNK
                 total = state_at(address(scratch.total), rows, v_length)
-                merge(states, size, first, last, rows, total, v_length)
-                finish(problem, item, rows, total, scratch)
+                heads = scratch.places.heads
+                merge(problem, states, size, first, last, rows, total, heads, v_length)
+                finish(problem, item, rows, queries, total, scratch)
             number = take_ticket(counter)
         keep(memory)
         keep(integers)

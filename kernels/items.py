@@ -2,7 +2,7 @@
 
 The part of a kernel that does not depend on how its products are made: where the rows of a
 work item lie, which keys they see, and what happens to their scores before the softmax.
-Every variant is a switch for a whole tile, and stands in ``modify`` alone.
+Every variant is a switch for a whole tile, and stands in ``look`` or ``modify`` alone.
 """
 
 from __future__ import annotations
@@ -15,23 +15,37 @@ from numba import types
 
 from .compile import glue, inline
 from .modifiers import modifiers
-from .record import ABSENT, FLOAT32, FLOAT64, PROBLEM
-from .simd import itemsize, on, pointer, record_type
+from .record import ABSENT, FLOAT32, FLOAT64, HIDDEN, PARTIAL, PROBLEM, TILE, VISIBLE
+from .simd import address, call_kernel, itemsize, on, pointer, record_type
 from .staging import staging
+from .visibility import (
+    EVERYTHING,
+    NOTHING,
+    SOMETHING,
+    WORD_BITS,
+    block_state,
+    first_bits,
+    visibility,
+)
 
 # Keys of one block: K and V of 64 keys with a head_dim of 64 fill the first-level cache together
-# with the scores. A multiple of every number of lanes.
-BLOCK_KV = 64
+# with the scores. A multiple of every number of lanes, and as many as a word has bits.
+BLOCK_KV = WORD_BITS
+
+# Words that ``ask`` needs in scratch to describe a tile to a function of the caller's.
+ASKED = TILE.itemsize // 8
 
 _BYTE = np.uint8(0)
 _INTEGER = np.int64(0)
 
 problem_at = record_type(PROBLEM)
+tile_at = record_type(TILE)
 
 
 class Item(NamedTuple):
     """What a work item is about: one kv head of one batch entry."""
 
+    batch: int
     kv_head: int
     q: int  # addresses of the batch entry in every array
     k: int
@@ -42,6 +56,7 @@ class Item(NamedTuple):
     k_scale: int
     v_scale: int
     lse: int
+    seqlen_q: int
     seqlen_kv: int
     position: int  # key at which query 0 stands
 
@@ -70,10 +85,15 @@ def item_of(problem, kv_head, batch, size):
         length = pointer(problem.lengths, _INTEGER)[batch]
     if problem.positions != 0:
         position = pointer(problem.positions, _INTEGER)[batch]
-    lse = problem.lse
-    if lse != 0:
-        lse += batch * problem.num_heads * problem.seqlen_q * size
+    lse, seqlen_q = problem.lse, problem.seqlen_q
+    if problem.starts != 0:
+        starts = pointer(problem.starts, _INTEGER)
+        seqlen_q = starts[batch + 1] - starts[batch]
+        lse += starts[batch] * size if lse != 0 else 0
+    elif lse != 0:
+        lse += batch * problem.num_heads * seqlen_q * size
     return Item(
+        batch,
         kv_head,
         _entry(problem, q.base, q.batch_step, 0, batch),
         _entry(problem, k.base, k.batch_step, 1, batch),
@@ -84,22 +104,15 @@ def item_of(problem, kv_head, batch, size):
         problem.k_scale.base + batch * problem.k_scale.batch_step,
         problem.v_scale.base + batch * problem.v_scale.batch_step,
         lse,
+        seqlen_q,
         length,
         position,
     )
 
 
 @glue
-def head_and_query(problem, item, row):
-    """The rows of a kv head are the queries of its first query head, then of its second..."""
-    group_size = problem.num_heads // problem.num_kv_heads
-    return item.kv_head * group_size + row // problem.seqlen_q, row % problem.seqlen_q
-
-
-@glue
-def row_at(problem, item, operand, base, row):
+def row_at(operand, base, head, query):
     """A row of q, out, mask or bias."""
-    head, query = head_and_query(problem, item, row)
     return pointer(base + head * operand.head_step + query * operand.row_step, _BYTE)
 
 
@@ -114,33 +127,63 @@ def row_address(operand, base, kv_head, key):
 # ---------------------------------------------------------------------------
 
 
+class Places(NamedTuple):
+    """Where the queries of a tile stand and what they see, one number of each for every query."""
+
+    heads: Any  # query head
+    rows: Any  # number in that head
+    first: Any  # first and last visible key; behind each other where there is none
+    last: Any
+    visible: Any  # the words of ``visibility``, for the block of keys that was looked at last
+    extent: Any  # smallest and largest of first, smallest and largest of last
+
+
+# Integers of ``Places``, beside five for each query.
+EXTENT = 4
+
+
+@glue
+def places_in(integers, queries):
+    """``Places`` in memory for 5 * queries + EXTENT integers."""
+    rows = on(integers, queries)
+    first = on(rows, queries)
+    last = on(first, queries)
+    visible = on(last, queries)
+    return Places(integers, rows, first, last, visible, on(visible, queries))
+
+
 class Between(NamedTuple):
     """The glue for one accumulation type.
 
-    A ``tile`` is anything with the ``first`` and ``last`` visible key of each query, and the
-    ``extent`` of both; a ``scratch`` anything with S^T ``s``, ``term``, ``rows``, ``begin`` and
-    ``end``.
+    A ``scratch`` is anything with S^T ``s``, and beside it ``term``, ``rows``, ``lanes`` (two
+    elements for each query), ``words`` (two for each query) and ``asked`` (``ASKED`` words).
     """
 
     block: Any
-    find_bounds: Any
-    is_touched: Any
+    is_whole: Any
+    find_places: Any
+    look: Any
+    changes_scores: Any
     modify: Any
+    hides: Any
     sees_a_key: Any
 
 
 @cache
 def between(element: types.Float) -> Between:
     """Make the glue."""
+    zero = np.dtype(str(element)).type(0)
+    size = element.bitwidth // 8
     native = FLOAT32 if element == types.float32 else FLOAT64
-    modify_scores = modifiers(element)
+    change = modifiers(element)
     stage = staging(element)
+    see = visibility()
 
     @glue
     def block(operand, base, kv_head, length, key, keys, staged):
         """A block of K or V and the bytes between its rows: in place, or converted to scratch."""
         start = row_address(operand, base, kv_head, key)
-        if operand.storage == native and (operand.step == itemsize(staged) or length == 1):
+        if operand.storage == native and (operand.step == size or length == 1):
             return pointer(start, staged), operand.row_step
         for j in range(keys):
             source = pointer(start + j * operand.row_step, _BYTE)
@@ -148,93 +191,207 @@ def between(element: types.Float) -> Between:
         return staged, length * itemsize(staged)
 
     @glue
-    def find_bounds(problem, item, queries, row, count, tile):
-        """The first and the last key that each query sees, and their extremes in the tile.
-
-        Where the first is behind the last, a query sees nothing, as lanes behind ``count`` do.
-        """
-        extent = tile.extent
-        extent[0], extent[1] = item.seqlen_kv, 0
-        extent[2], extent[3] = item.seqlen_kv, -1
-        start = 0
-        while start < count:
-            # A stretch of one head: both ends rise with the query, and LLVM sees whole registers.
-            query = (row + start) % problem.seqlen_q
-            stop = min(count, start + problem.seqlen_q - query)
-            position = query + item.position
-            for x in range(start, stop):
-                tile.first[x] = max(position + (x - start) - problem.left, 0)
-                tile.last[x] = min(position + (x - start) + problem.right, item.seqlen_kv - 1)
-            extent[0] = min(extent[0], tile.first[start])
-            extent[1] = max(extent[1], tile.first[stop - 1])
-            extent[2] = min(extent[2], tile.last[start])
-            extent[3] = max(extent[3], tile.last[stop - 1])
-            start = stop
-        for x in range(count, queries):
-            tile.first[x] = item.seqlen_kv
-            tile.last[x] = -1
-
-    @glue
-    def is_partial(tile, key, keys):
-        return tile.extent[1] > key or tile.extent[2] < key + keys - 1
-
-    @glue
-    def is_touched(problem, tile, key, keys):
-        """Whether ``modify`` has anything to do for a block of keys."""
+    def is_whole(operand, length, queries, count, places):
+        """Whether the rows of a full tile are of one head and can be read or written in place."""
         return (
-            problem.bias.storage != ABSENT
-            or problem.mask.storage != ABSENT
-            or is_partial(tile, key, keys)
+            count == queries
+            and places.heads[0] == places.heads[queries - 1]
+            and operand.storage == native
+            and (operand.step == size or length == 1)
         )
 
     @glue
-    def add_term(problem, item, operand, base, queries, row, count, key, keys, scratch):
-        """Add a mask or bias, read through the caller's strides, to a score tile."""
-        for x in range(count):
-            source = on(row_at(problem, item, operand, base, row + x), key * operand.step)
-            stage.read_row(
-                on(scratch.rows, x * BLOCK_KV), source, operand.step, keys, operand.storage
-            )
-        stage.transpose_rows(scratch.term, queries, scratch.rows, BLOCK_KV, queries, keys)
-        modify_scores.add_bias(queries, scratch.s, keys, scratch.term)
+    def find_places(problem, item, queries, row, count, places):
+        """Where the queries stand, the first and last key that each sees, and their extremes.
+
+        The rows of a kv head are the queries of its first query head, then of its second...
+        Lanes behind ``count`` see nothing; they stand where the first does.
+        """
+        extent = places.extent
+        extent[0], extent[1] = item.seqlen_kv, 0
+        extent[2], extent[3] = item.seqlen_kv, -1
+        first_head = item.kv_head * (problem.num_heads // problem.num_kv_heads)
+        start = 0
+        while start < count:
+            # A stretch of one head: both ends rise with the query, and LLVM sees whole registers.
+            head = first_head + (row + start) // item.seqlen_q
+            query = (row + start) % item.seqlen_q
+            stop = min(count, start + item.seqlen_q - query)
+            position = query + item.position
+            for x in range(start, stop):
+                places.heads[x] = head
+                places.rows[x] = query + (x - start)
+                places.first[x] = max(position + (x - start) - problem.left, 0)
+                places.last[x] = min(position + (x - start) + problem.right, item.seqlen_kv - 1)
+            extent[0] = min(extent[0], places.first[start])
+            extent[1] = max(extent[1], places.first[stop - 1])
+            extent[2] = min(extent[2], places.last[start])
+            extent[3] = max(extent[3], places.last[stop - 1])
+            start = stop
+        for x in range(count, queries):
+            places.heads[x] = places.heads[0]
+            places.rows[x] = places.rows[0]
+            places.first[x] = item.seqlen_kv
+            places.last[x] = -1
+
+    # -----------------------------------------------------------------------
+    # What queries see
+    # -----------------------------------------------------------------------
 
     @glue
-    def modify(problem, item, queries, row, count, key, keys, tile, scratch):
-        """All that happens to the scores of a block; returns whether it may have hidden some."""
-        some_hidden = False
-        bias = problem.bias
-        if bias.storage != ABSENT:
-            add_term(problem, item, bias, item.bias, queries, row, count, key, keys, scratch)
-            some_hidden = True
-        mask = problem.mask
+    def ask(function, item, queries, key, keys, places, words, scratch):
+        """Call a function of the caller's for a tile of scores, or of words."""
+        asked = tile_at(address(scratch.asked))
+        asked.scores = address(scratch.s)
+        asked.visible = address(words)
+        asked.queries = queries
+        asked.keys = keys
+        asked.batch = item.batch
+        asked.key = key
+        asked.heads = address(places.heads)
+        asked.rows = address(places.rows)
+        asked.frozen = function.frozen
+        call_kernel(function.address, address(scratch.asked))
+
+    @glue
+    def look(problem, item, queries, count, key, keys, places, scratch):
+        """What the queries see of a block of keys; where that is SOMETHING, their words say it.
+
+        What hides most at the least cost comes first.
+        """
+        extent, blocks, mask = places.extent, problem.blocks, problem.mask
+        if keys <= 0 or extent[0] >= key + keys:
+            return NOTHING
+        state = np.int64(VISIBLE)
+        if blocks.states != 0:
+            state = block_state(blocks, item.batch, item.seqlen_q, count, places, key, keys)
+        if state == HIDDEN:
+            return NOTHING
+        if (
+            extent[1] <= key
+            and extent[2] >= key + keys - 1
+            and state == VISIBLE
+            and mask.storage == ABSENT
+            and problem.mask_mod.address == 0
+        ):
+            return EVERYTHING
+        see.between(queries, places.visible, places.first, places.last, key, keys)
         if mask.storage != ABSENT:
-            add_term(problem, item, mask, item.mask, queries, row, count, key, keys, scratch)
-            some_hidden = True
-        if is_partial(tile, key, keys):
-            for x in range(queries):
-                scratch.begin[x] = max(tile.first[x] - key, 0)
-                scratch.end[x] = min(max(tile.last[x] - key, -1), BLOCK_KV)
-            modify_scores.hide_outside(queries, scratch.s, keys, scratch.begin, scratch.end)
-            some_hidden = True
-        return some_hidden
+            steps = (mask.head_step, mask.row_step, mask.step)
+            rows = (places.heads, places.rows)
+            see.unmasked(count, places.visible, item.mask, *steps, *rows, key, keys)
+            if see.summary(count, places.visible, keys) == NOTHING:
+                return NOTHING
+        if state == PARTIAL:
+            ask(blocks.mask_mod, item, queries, key, keys, places, places.visible, scratch)
+        elif state != VISIBLE:
+            look_at_blocks(problem, item, queries, count, key, keys, places, scratch)
+        if problem.mask_mod.address != 0:
+            ask(problem.mask_mod, item, queries, key, keys, places, places.visible, scratch)
+        return see.summary(count, places.visible, keys)
 
     @glue
-    def sees_a_key(problem, item, row, first, last, term):
-        """Whether any key is visible to a row: asked only of rows whose scores are all -inf."""
-        for key in range(first, last + 1):
-            visible = True
-            mask = problem.mask
-            if mask.storage != ABSENT:
-                source = on(row_at(problem, item, mask, item.mask, row), key * mask.step)
-                stage.read_row(term, source, mask.step, 1, mask.storage)
-                visible = term[0] != -np.inf
-            bias = problem.bias
-            if bias.storage != ABSENT:
-                source = on(row_at(problem, item, bias, item.bias, row), key * bias.step)
-                stage.read_row(term, source, bias.step, 1, bias.storage)
-                visible = visible and term[0] != -np.inf
-            if visible:
+    def look_at_blocks(problem, item, queries, count, key, keys, places, scratch):
+        """Where blocks of a mask end inside the tile, each decides by its own state."""
+        blocks = problem.blocks
+        partial, answers = scratch.words, on(scratch.words, queries)
+        states = blocks.states + item.batch * blocks.batch_step
+        steps = (blocks.head_step, blocks.row_step, blocks.queries, blocks.keys)
+        rows = (places.heads, places.rows)
+        see.blocks(count, places.visible, partial, states, *steps, *rows, key, keys)
+        for x in range(queries):
+            answers[x] = places.visible[x]
+        ask(blocks.mask_mod, item, queries, key, keys, places, answers, scratch)
+        for x in range(count):
+            places.visible[x] &= answers[x] | ~partial[x]
+
+    # -----------------------------------------------------------------------
+    # What happens to scores
+    # -----------------------------------------------------------------------
+
+    @glue
+    def changes_scores(problem):
+        """Whether anything happens to visible scores."""
+        return (
+            problem.softcap != 0
+            or problem.slopes != 0
+            or problem.bias.storage != ABSENT
+            or problem.score_mod.address != 0
+        )
+
+    @glue
+    def hides(problem, sees):
+        """Whether scores of a block that is seen so may be hidden after ``modify``."""
+        return sees == SOMETHING or problem.bias.storage != ABSENT or problem.score_mod.address != 0
+
+    @glue
+    def modify(problem, item, queries, count, key, keys, sees, places, scratch):
+        """All that happens to the scores of a block, in the order of the contract."""
+        if problem.softcap != 0:
+            change.cap(queries, scratch.s, keys, problem.softcap)
+        if problem.slopes != 0:
+            penalise(problem, item, queries, key, keys, places, scratch)
+        has_bias = problem.bias.storage != ABSENT
+        if has_bias:
+            add_bias(problem, item, queries, count, key, keys, places, scratch)
+        if problem.score_mod.address != 0:
+            ask(problem.score_mod, item, queries, key, keys, places, places.visible, scratch)
+            if has_bias:
+                change.hide_low(queries, scratch.s, keys, scratch.term)
+        if sees == SOMETHING:
+            change.hide(queries, scratch.s, keys, places.visible)
+
+    @glue
+    def penalise(problem, item, queries, key, keys, places, scratch):
+        """ALiBi: subtract a slope times the distance."""
+        distances, factors = scratch.lanes, on(scratch.lanes, queries)
+        slopes = on(pointer(problem.slopes, zero), item.batch * problem.slopes_step)
+        for x in range(queries):
+            distances[x] = places.rows[x] + item.position - key
+            factors[x] = slopes[places.heads[x]]
+        change.penalise(queries, scratch.s, keys, distances, factors)
+
+    @glue
+    def add_bias(problem, item, queries, count, key, keys, places, scratch):
+        """Add a bias, read through the caller's strides, to a score tile."""
+        bias = problem.bias
+        # A score_mod may undo what a bias hides: then the bias is needed once more.
+        if problem.score_mod.address == 0 and is_whole(bias, keys, queries, count, places):
+            first = row_at(bias, item.bias, places.heads[0], places.rows[0])
+            source = pointer(address(first) + key * bias.step, zero)
+            change.add_rows(queries, scratch.s, keys, source, bias.row_step)
+            return
+        for x in range(count):
+            first = row_at(bias, item.bias, places.heads[x], places.rows[x])
+            target = on(scratch.rows, x * BLOCK_KV)
+            stage.read_row(target, on(first, key * bias.step), bias.step, keys, bias.storage)
+        stage.transpose_rows(scratch.term, queries, scratch.rows, BLOCK_KV, queries, keys)
+        change.add(queries, scratch.s, keys, scratch.term)
+
+    @glue
+    def sees_a_key(problem, item, queries, count, x, places, scratch):
+        """Whether query ``x`` sees any key: asked only if all its scores are -inf."""
+        if problem.score_mod.address != 0:
+            return False  # that is what hides them
+        bias = problem.bias
+        begin = places.first[x] // BLOCK_KV * BLOCK_KV
+        for key in range(begin, places.last[x] + 1, BLOCK_KV):
+            keys = min(BLOCK_KV, places.extent[3] + 1 - key)
+            sees = look(problem, item, queries, count, key, keys, places, scratch)
+            word = np.int64(0)
+            if sees == EVERYTHING:
+                word = first_bits(keys)
+            elif sees == SOMETHING:
+                word = places.visible[x]
+            if word != 0 and bias.storage != ABSENT:
+                first = row_at(bias, item.bias, places.heads[x], places.rows[x])
+                source = on(first, key * bias.step)
+                stage.read_row(scratch.rows, source, bias.step, keys, bias.storage)
+                for n in range(keys):
+                    if scratch.rows[n] == -np.inf:
+                        word &= ~(np.int64(1) << n)
+            if word != 0:
                 return True
         return False
 
-    return Between(block, find_bounds, is_touched, modify, sees_a_key)
+    return Between(block, is_whole, find_places, look, changes_scores, modify, hides, sees_a_key)

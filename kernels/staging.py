@@ -18,7 +18,7 @@ from .simd import (
     bytes_on,
     lanes,
     load,
-    load_apart,
+    load_transposed,
     on,
     read_bfloat,
     read_bool,
@@ -142,8 +142,8 @@ def staging(element: types.Float) -> Staging:
         for m in range(0, queries, size):
             rows = bytes_on(source, m * row_step)
             for n in range(0, whole, size):
-                tile = load_apart(block, on(rows, n), row_step)
-                store(on(target, n * queries + m), queries, transpose(tile))
+                tile = load_transposed(block, on(rows, n), row_step)
+                store(on(target, n * queries + m), queries, tile)
         for m in range(queries):
             row = bytes_on(source, m * row_step)
             for n in range(whole, length):

@@ -30,17 +30,21 @@ from .simd import (
     accumulate,
     accumulators,
     add_outer,
+    add_rows,
+    any_nan,
     bytes_on,
     filled,
     fma,
     itemsize,
     lanes,
     load,
+    load_apart,
     lowest,
     on,
     ones,
     rows,
     splat,
+    stack,
     store,
     where_less,
     width,
@@ -155,22 +159,34 @@ def tiles(element: types.Float, cols: int) -> Tiles:
 
 
 @cache
-def nonfinite_counter(element: types.Float) -> Any:
+def nonfinite_finder(element: types.Float) -> Any:
     """Compile the question whether V needs care: a hidden NaN or Inf must not reach an output."""
+    zero = np.dtype(str(element)).type(0)
     pointer = types.CPointer(element)
 
     @routine(_int(pointer, _int, _int, _int), element)
-    def count_nonfinite(v, v_step, keys, head_dim_v):
-        """How many elements of ``keys`` rows of V are NaN or Inf."""
-        strange = 0
+    def any_nonfinite(v, v_step, keys, head_dim_v):
+        """Whether any of ``keys`` rows of V holds a NaN or Inf: 0 times those is NaN."""
+        one = splat(zero, 1)
+        many = stack(one)
+        height, step = rows(many), lanes(one)
+        whole = keys - keys % height
+        full = head_dim_v - head_dim_v % step
+        sums, rest, last = zeros(many), zeros(one), zero
+        for f in range(0, full, step):
+            column = on(v, f)
+            for j in range(0, whole, height):
+                block = load_apart(many, bytes_on(column, j * v_step), v_step)
+                sums = fma(block, zeros(many), sums)
+            for j in range(whole, keys):
+                rest = fma(load_apart(one, bytes_on(column, j * v_step), 0), zeros(one), rest)
         for j in range(keys):
-            v_row = bytes_on(v, j * v_step)
-            for f in range(head_dim_v):
-                # The comparison is false for NaN. A sum of booleans is what LLVM vectorises.
-                strange += not abs(v_row[f]) < np.inf
-        return strange
+            row = bytes_on(v, j * v_step)
+            for f in range(full, head_dim_v):
+                last += row[f] * zero
+        return any_nan(add_rows(rest + splat(last, 1), sums))
 
-    return count_nonfinite
+    return any_nonfinite
 
 
 class CarefulTiles(NamedTuple):

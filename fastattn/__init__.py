@@ -7,8 +7,10 @@ from fastattn.attention import (
     merge_states,
     scaled_dot_product_attention,
 )
+from fastattn.cache import KVCache
 from fastattn.layers import MultiHeadAttention
 from fastattn.masks import BlockMask, create_block_mask
+from fastattn.paging import PagedKVCache
 from fastattn.positions import (
     alibi_slopes,
     apply_rotary,
@@ -22,7 +24,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockMask",
+    "KVCache",
     "MultiHeadAttention",
+    "PagedKVCache",
     "alibi_slopes",
     "apply_rotary",
     "attention",

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.kernels.record import ABSENT, BFLOAT, BOOL, FLOAT32, FLOAT64, HALF, PROBLEM
+from fastattn.kernels.record import ABSENT, BFLOAT, BOOL, FLOAT32, FLOAT64, HALF, INT8, PROBLEM
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -55,6 +55,8 @@ def _format(dtype: np.dtype[Any]) -> Format | None:
         return Format(BFLOAT, _SINGLE, _BITS)
     return None
 
+
+QUANTISED = Format(INT8, _SINGLE, np.dtype(np.int8))
 
 _NATIVE: dict[np.dtype[Any], Format] = {
     each: known
@@ -94,6 +96,7 @@ class Problem(NamedTuple):
     result: Array  # what the caller gets: out and lse in the caller's shape and layout
     result_lse: Array | None
     owners: tuple[Any, ...]  # arrays of which the record holds addresses
+    stored: Format | None = None  # that of key and value, where a cache keeps them in another one
 
 
 _NO_LSE: dict[Any, Array] = {

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn import runtime
-from fastattn.kernels.record import BFLOAT, CHUNK, FINISHED, HALF, STATES
+from fastattn.kernels.record import BLOCK_KV, CHUNK, HALF, field
 from fastattn.plan import chunks, plan
 from fastattn.problem import Array, Format, Frame, Problem, known_format
 
 
 class _Compiled(NamedTuple):
-    """The compiled code for one storage format and kernel."""
+    """The compiled code for one kernel, and formats of queries and of keys and values."""
 
     kernel: int  # address
     run: Any
@@ -22,52 +22,66 @@ class _Compiled(NamedTuple):
 
 
 @cache
-def _compiled(form: Format, is_decode: bool, in_place: bool) -> _Compiled:
+def _compiled(form: Format, stored: Format, is_decode: bool, in_place: bool) -> _Compiled:
     """Compile or load it; Numba, imported at the first call, takes most of a second by itself."""
     from numba.np.numpy_support import from_dtype
 
     from fastattn.kernels import decode, launch, prefill
 
-    entries = launch.entries(form.view, form.accumulation)
+    entries = launch.entries(form.view, stored.view, form.accumulation)
     element = from_dtype(form.accumulation)
     if is_decode:
         native = known_format(form.accumulation).storage
-        kernel = decode.decode(element, form.storage if in_place else native)
+        kernel = decode.decode(element, stored.storage if in_place else native)
     else:
         kernel = prefill.prefill(element)
     return _Compiled(kernel, entries.run, entries.place)
 
 
 @cache
-def _fits_registers(form: Format, length: int) -> bool:
-    """Return whether the decode kernel can read rows of so many elements without a copy."""
+def _fits_registers(stored: Format, length: int) -> bool:
+    """Return whether rows of so many elements are whole registers that can be converted."""
     from fastattn.kernels.host import HOST
 
-    if form.storage == HALF and not HOST.converts_half:
+    if stored.storage == HALF and not HOST.converts_half:
         return False
     return length * 4 % int(HOST.vector_bytes) == 0
 
 
-_ready: dict[tuple[int, bool, bool], _Compiled] = {}
+def _is_read_in_place(problem: Problem, stored: Format) -> bool:
+    """Return whether the decode kernel can read keys and values of another format than its own."""
+    itemsize = stored.view.itemsize
+    page_size = int(problem.record[_PAGE_SIZE])
+    return (
+        problem.format.accumulation == np.float32
+        and _fits_registers(stored, problem.frame.head_dim)
+        and _fits_registers(stored, problem.frame.head_dim_v)
+        and problem.key.strides[-1] == problem.value.strides[-1] == itemsize
+        and page_size % BLOCK_KV == 0
+    )
+
+
+_PAGE_SIZE, _STATES, _FINISHED = field("page_size"), field("states"), field("finished")
+_ready: dict[tuple[int, int, bool, bool], _Compiled] = {}
 
 
 def run(problem: Problem) -> None:
     """Plan a checked problem and run it."""
-    query, key, value, out, lse, record, form, frame, *_ = problem
+    query, key, value, out, lse, record, form, frame, *_, stored = problem
     if out.size == 0 and lse.size == 0:
         return
+    if stored is None:
+        stored = form
     is_decode, tiles, workers = plan(frame, runtime.usable_threads())
     in_place = (
         is_decode
-        and form.storage in (HALF, BFLOAT)
-        and _fits_registers(form, frame.head_dim)
-        and _fits_registers(form, frame.head_dim_v)
-        and key.strides[-1] == value.strides[-1] == 2
+        and stored.view.itemsize < form.accumulation.itemsize
+        and _is_read_in_place(problem, stored)
     )
-    ready = _ready.get((form.storage, is_decode, in_place))
+    name = (form.storage, stored.storage, is_decode, in_place)
+    ready = _ready.get(name)
     if ready is None:
-        ready = _compiled(form, is_decode, in_place)
-        _ready[form.storage, is_decode, in_place] = ready
+        ready = _ready[name] = _compiled(form, stored, is_decode, in_place)
     if is_decode and frame.seqlen_kv > CHUNK:
         record, _room = _with_states(record, frame, form)
     if workers == 1:
@@ -86,6 +100,6 @@ def _with_states(record: Array, frame: Frame, form: Format) -> tuple[Array, tupl
     states = np.empty(heads * chunks(frame.seqlen_kv) * rows * (padded + 2), form.accumulation)
     finished = np.zeros(heads, np.int64)
     record = record.copy()
-    record[STATES] = states.ctypes.data
-    record[FINISHED] = finished.ctypes.data
+    record[_STATES] = states.ctypes.data
+    record[_FINISHED] = finished.ctypes.data
     return record, (states, finished)

@@ -33,18 +33,19 @@ from .compile import glue, kernel
 from .host import HOST
 from .items import (
     ASKED,
-    BLOCK_KV,
     EXTENT,
     Places,
     between,
     item_of,
+    key_address,
+    lie_together,
     places_in,
     problem_at,
-    row_address,
     row_at,
+    scale_of,
 )
-from .record import ABSENT, CHUNK, COUNTER_OFFSET, FLOAT32, FLOAT64, INT8
-from .rows import careful_rows, row_softmax, rows_of
+from .record import ABSENT, BLOCK_KV, CHUNK, COUNTER_OFFSET, FLOAT32, FLOAT64, INT8
+from .rows import careful_rows, key_scaler, row_softmax, rows_of
 from .simd import address, data, itemsize, keep, lanes_of, on, pointer, take_ticket
 from .staging import staging
 from .tiles import nonfinite_finder
@@ -54,6 +55,7 @@ _BLOCKS = CHUNK // BLOCK_KV
 
 _BYTE = np.uint8(0)
 _INTEGER = np.int64(0)
+_SINGLE = np.float32(0)
 
 
 class State(NamedTuple):
@@ -91,7 +93,8 @@ def decode(element: types.Float, storage: int) -> int:
     """Address of the kernel for keys and values of ``storage``; compiled at the first call.
 
     The one for the accumulation type itself takes every other format as well: it converts blocks
-    to scratch. Those for other formats read K and V in place, and need rows of whole registers.
+    to scratch. Those for other formats read K and V in place: rows must be whole registers, and
+    pages whole blocks.
     """
     zero = np.dtype(str(element)).type(0)
     native = FLOAT32 if element == types.float32 else FLOAT64
@@ -103,35 +106,29 @@ def decode(element: types.Float, storage: int) -> int:
     softmax = row_softmax(element)
     values_seen = careful_rows(element)
     any_nonfinite = nonfinite_finder(element)
+    scale_keys = key_scaler(element)
     parts = between(element)
     stage = staging(element)
 
     @glue
-    def convert(start, operand, length, padded, keys, staged):
-        """Convert rows to scratch."""
-        for j in range(keys):
-            source = pointer(start + j * operand.row_step, _BYTE)
-            stage.read_row(on(staged, j * padded), source, operand.step, length, operand.storage)
-            for d in range(length, padded):
-                staged[j * padded + d] = 0
-
-    @glue
-    def block(start, operand, length, padded, keys, staged):
+    def block(problem, item, operand, base, length, padded, key, keys, staged):
         """Rows of K or V and the bytes between them: in place, or converted to scratch."""
         is_native = operand.storage == native and operand.step == itemsize(staged)
-        if storage != native or (is_native and length == padded):
-            return pointer(start, _BYTE), operand.row_step
-        convert(start, operand, length, padded, keys, staged)
+        fits = is_native and length == padded and lie_together(problem)
+        if storage != native or fits:
+            return pointer(key_address(problem, item, operand, base, key), _BYTE), operand.row_step
+        parts.read_keys(problem, item, operand, base, length, padded, key, keys, staged)
         return pointer(address(staged), _BYTE), padded * itemsize(staged)
 
     @glue
-    def scale_columns(operand, base, kv_head, key, keys, rows, p, scratch):
+    def scale_columns(problem, item, operand, base, key, keys, rows, p, scratch):
         """Multiply the columns of P with the scale of each key: 8-bit rows are stored without."""
-        source = pointer(row_address(operand, base, kv_head, key), _BYTE)
-        stage.read_row(scratch.rows, source, operand.row_step, keys, operand.storage)
-        for x in range(rows):
+        scales = pointer(key_address(problem, item, operand, base, key), _SINGLE)
+        if not lie_together(problem):
+            scales = pointer(address(scratch.rows), _SINGLE)
             for j in range(keys):
-                p[x * p_step + j] *= scratch.rows[j]
+                scales[j] = scale_of(problem, item, operand, base, key + j)
+        scale_keys(p, p_step, rows, keys, scales)
 
     @glue
     def modify(problem, item, rows, queries, key, keys, sees, p, scratch):
@@ -141,24 +138,25 @@ def decode(element: types.Float, storage: int) -> int:
         stage.transpose_rows(p, p_step, scratch.s, queries, BLOCK_KV, queries)
 
     @glue
-    def add_values(problem, item, start, keys, rows, p, kept, hides, state, scratch):
+    def add_values(problem, item, key, keys, rows, p, kept, hides, state, scratch):
         """Add a block's weighted sum."""
-        v, head_dim_v, v_length = problem.v, problem.head_dim_v, scratch.v_length
-        source, step = block(start, v, head_dim_v, v_length, keys, scratch.v)
+        head_dim_v, v_length = problem.head_dim_v, scratch.v_length
+        place = (problem.v, item.v, head_dim_v, v_length, key, keys, scratch.v)
+        source, step = block(problem, item, *place)
         if hides and storage != INT8:
-            rows_of_v, row_step = pointer(address(source), zero), step
+            v, v_step = pointer(address(source), zero), step
             if storage != native:
-                convert(start, v, head_dim_v, v_length, keys, scratch.v)
-                rows_of_v, row_step = scratch.v, v_length * itemsize(scratch.v)
-            if any_nonfinite(rows_of_v, row_step, keys, head_dim_v) != 0:
-                values_seen(rows_of_v, row_step, keys, kept, p, p_step, rows, v_length, state.o)
+                parts.read_keys(problem, item, *place)
+                v, v_step = scratch.v, v_length * itemsize(scratch.v)
+            if any_nonfinite(v, v_step, keys, head_dim_v) != 0:
+                values_seen(v, v_step, keys, kept, p, p_step, rows, v_length, state.o)
                 return
         products.values(source, step, keys, p, p_step, rows, v_length, state.o, v_length)
 
     @glue
     def attend_chunk(problem, item, rows, queries, begin, end, state, scratch):
         """The state of the queries after the keys from ``begin`` to ``end`` alone."""
-        kv_head, q_length = item.kv_head, scratch.q_length
+        q_length = scratch.q_length
         changes = parts.changes_scores(problem)
         hides_some = False
         for key in range(begin, end, BLOCK_KV):
@@ -172,13 +170,14 @@ def decode(element: types.Float, storage: int) -> int:
                     for j in range(keys):
                         p[x * p_step + j] = -np.inf
                 continue
-            start = row_address(problem.k, item.k, kv_head, key)
-            k, k_step = block(start, problem.k, problem.head_dim, q_length, keys, scratch.k)
+            place = (problem.k, item.k, problem.head_dim, q_length, key, keys, scratch.k)
+            k, k_step = block(problem, item, *place)
             products.scores(
                 k, k_step, keys, scratch.q, q_length, rows, q_length, problem.scale, p, p_step
             )
             if problem.k_scale.storage != ABSENT:
-                scale_columns(problem.k_scale, item.k_scale, kv_head, key, keys, rows, p, scratch)
+                scales = (problem.k_scale, item.k_scale)
+                scale_columns(problem, item, *scales, key, keys, rows, p, scratch)
             if changes or sees == SOMETHING:
                 modify(problem, item, rows, queries, key, keys, sees, p, scratch)
 
@@ -195,10 +194,10 @@ def decode(element: types.Float, storage: int) -> int:
             keys = min(BLOCK_KV, end - key)
             p, kept = on(scratch.p, key - begin), on(scratch.kept, key - begin)
             if problem.v_scale.storage != ABSENT:
-                scale_columns(problem.v_scale, item.v_scale, kv_head, key, keys, rows, p, scratch)
+                scales = (problem.v_scale, item.v_scale)
+                scale_columns(problem, item, *scales, key, keys, rows, p, scratch)
             hides = parts.hides(problem, sees)
-            start = row_address(problem.v, item.v, kv_head, key)
-            add_values(problem, item, start, keys, rows, p, kept, hides, state, scratch)
+            add_values(problem, item, key, keys, rows, p, kept, hides, state, scratch)
 
     @glue
     def state_at(base, rows, v_length):
@@ -343,10 +342,10 @@ def decode(element: types.Float, storage: int) -> int:
             if chunks > 1:
                 done += take_ticket(on(pointer(problem.finished, _INTEGER), head))
             if done == chunks:
-                first, last = extent[0] // CHUNK, extent[3] // CHUNK
+                begin, end = extent[0] // CHUNK, extent[3] // CHUNK
                 total = state_at(address(scratch.total), rows, v_length)
                 heads = scratch.places.heads
-                merge(problem, states, size, first, last, rows, total, heads, v_length)
+                merge(problem, states, size, begin, end, rows, total, heads, v_length)
                 finish(problem, item, rows, queries, total, scratch)
             number = take_ticket(counter)
         keep(memory)

@@ -15,28 +15,24 @@ from numba import types
 
 from .compile import glue, inline
 from .modifiers import modifiers
-from .record import ABSENT, FLOAT32, FLOAT64, HIDDEN, PARTIAL, PROBLEM, TILE, VISIBLE
+from .record import ABSENT, BLOCK_KV, FLOAT32, FLOAT64, HIDDEN, PARTIAL, PROBLEM, TILE, VISIBLE
 from .simd import address, call_kernel, itemsize, on, pointer, record_type
 from .staging import staging
 from .visibility import (
     EVERYTHING,
     NOTHING,
     SOMETHING,
-    WORD_BITS,
     block_state,
     first_bits,
     visibility,
 )
-
-# Keys of one block: K and V of 64 keys with a head_dim of 64 fill the first-level cache together
-# with the scores. A multiple of every number of lanes, and as many as a word has bits.
-BLOCK_KV = WORD_BITS
 
 # Words that ``ask`` needs in scratch to describe a tile to a function of the caller's.
 ASKED = TILE.itemsize // 8
 
 _BYTE = np.uint8(0)
 _INTEGER = np.int64(0)
+_SINGLE = np.float32(0)
 
 problem_at = record_type(PROBLEM)
 tile_at = record_type(TILE)
@@ -57,6 +53,7 @@ class Item(NamedTuple):
     v_scale: int
     lse: int
     seqlen_q: int
+    pages: int  # address of the numbers of its pages, or 0
     seqlen_kv: int
     position: int  # key at which query 0 stands
 
@@ -92,19 +89,30 @@ def item_of(problem, kv_head, batch, size):
         lse += starts[batch] * size if lse != 0 else 0
     elif lse != 0:
         lse += batch * problem.num_heads * seqlen_q * size
+    k_base = _entry(problem, k.base, k.batch_step, 1, batch)
+    v_base = _entry(problem, v.base, v.batch_step, 2, batch)
+    k_scale = problem.k_scale.base + batch * problem.k_scale.batch_step
+    v_scale = problem.v_scale.base + batch * problem.v_scale.batch_step
+    pages = problem.pages
+    if pages != 0:
+        # Shared by all: a table says which pages are whose.
+        pages += batch * problem.pages_step * 8
+        k_base, v_base = k.base, v.base
+        k_scale, v_scale = problem.k_scale.base, problem.v_scale.base
     return Item(
         batch,
         kv_head,
         _entry(problem, q.base, q.batch_step, 0, batch),
-        _entry(problem, k.base, k.batch_step, 1, batch),
-        _entry(problem, v.base, v.batch_step, 2, batch),
+        k_base,
+        v_base,
         _entry(problem, out.base, out.batch_step, 3, batch),
         _entry(problem, mask.base, mask.batch_step, 4, batch),
         _entry(problem, bias.base, bias.batch_step, 5, batch),
-        problem.k_scale.base + batch * problem.k_scale.batch_step,
-        problem.v_scale.base + batch * problem.v_scale.batch_step,
+        k_scale,
+        v_scale,
         lse,
         seqlen_q,
+        pages,
         length,
         position,
     )
@@ -117,9 +125,25 @@ def row_at(operand, base, head, query):
 
 
 @glue
-def row_address(operand, base, kv_head, key):
-    """Address of a row of k or v."""
-    return base + kv_head * operand.head_step + key * operand.row_step
+def key_address(problem, item, operand, base, key):
+    """Address of what belongs to a key: a row of k or v, or its scale."""
+    start = base + item.kv_head * operand.head_step
+    if item.pages != 0:
+        page = pointer(item.pages, _INTEGER)[key // problem.page_size]
+        return start + page * operand.batch_step + key % problem.page_size * operand.row_step
+    return start + key * operand.row_step
+
+
+@glue
+def scale_of(problem, item, operand, base, key):
+    """The scale of an 8-bit row of k or v."""
+    return pointer(key_address(problem, item, operand, base, key), _SINGLE)[0]
+
+
+@glue
+def lie_together(problem):
+    """Whether the keys of a block lie in one piece of memory."""
+    return problem.pages == 0 or problem.page_size % BLOCK_KV == 0
 
 
 # ---------------------------------------------------------------------------
@@ -159,6 +183,7 @@ class Between(NamedTuple):
     elements for each query), ``words`` (two for each query) and ``asked`` (``ASKED`` words).
     """
 
+    read_keys: Any
     block: Any
     is_whole: Any
     find_places: Any
@@ -180,14 +205,31 @@ def between(element: types.Float) -> Between:
     see = visibility()
 
     @glue
-    def block(operand, base, kv_head, length, key, keys, staged):
-        """A block of K or V and the bytes between its rows: in place, or converted to scratch."""
-        start = row_address(operand, base, kv_head, key)
-        if operand.storage == native and (operand.step == size or length == 1):
-            return pointer(start, staged), operand.row_step
+    def read_keys(problem, item, operand, base, length, padded, key, keys, staged):
+        """Convert rows of K or V to scratch, and pad them with zeros."""
         for j in range(keys):
-            source = pointer(start + j * operand.row_step, _BYTE)
-            stage.read_row(on(staged, j * length), source, operand.step, length, operand.storage)
+            row = on(staged, j * padded)
+            source = pointer(key_address(problem, item, operand, base, key + j), _BYTE)
+            stage.read_row(row, source, operand.step, length, operand.storage)
+            for d in range(length, padded):
+                row[d] = 0
+
+    @glue
+    def block(problem, item, operand, base, scale, scale_base, length, key, keys, staged):
+        """A block of K or V and the bytes between its rows: in place, or converted to scratch."""
+        if (
+            operand.storage == native
+            and (operand.step == itemsize(staged) or length == 1)
+            and lie_together(problem)
+        ):
+            start = key_address(problem, item, operand, base, key)
+            return pointer(start, staged), operand.row_step
+        read_keys(problem, item, operand, base, length, length, key, keys, staged)
+        if scale.storage != ABSENT:
+            for j in range(keys):
+                factor = scale_of(problem, item, scale, scale_base, key + j)
+                for d in range(j * length, (j + 1) * length):
+                    staged[d] *= factor
         return staged, length * itemsize(staged)
 
     @glue
@@ -394,4 +436,6 @@ def between(element: types.Float) -> Between:
                 return True
         return False
 
-    return Between(block, is_whole, find_places, look, changes_scores, modify, hides, sees_a_key)
+    return Between(
+        read_keys, block, is_whole, find_places, look, changes_scores, modify, hides, sees_a_key
+    )

@@ -52,18 +52,20 @@ class Entries(NamedTuple):
 
 
 @cache
-def entries(dtype: np.dtype, accumulation: np.dtype) -> Entries:
-    """Compile the ways in for arrays of ``dtype``.
+def entries(dtype: np.dtype, stored: np.dtype, accumulation: np.dtype) -> Entries:
+    """Compile the ways in for queries and results of ``dtype``, keys and values of ``stored``.
 
     One signature takes any layout: strided, unaligned, and read-only but for the output.
     """
-    element = from_dtype(dtype)
-    read = types.Array(element, 4, "A", readonly=True, aligned=False)
-    written = types.Array(element, 4, "A", aligned=False)
+    read, read_stored = (
+        types.Array(from_dtype(each), 4, "A", readonly=True, aligned=False)
+        for each in (dtype, stored)
+    )
+    written = types.Array(from_dtype(dtype), 4, "A", aligned=False)
     lse = types.Array(from_dtype(accumulation), 3, "C")
-    arguments = (read, read, read, written, lse, types.int64, _record)
+    arguments = (read, read_stored, read_stored, written, lse, types.int64, _record)
 
-    @entry(types.void(*arguments, types.int64), dtype)
+    @entry(types.void(*arguments, types.int64), dtype, stored)
     def run(q, k, v, out, lse, tiles, record, kernel):
         """Run a kernel on the calling thread."""
         placed = np.empty(_FIELDS, np.int64)
@@ -71,7 +73,7 @@ def entries(dtype: np.dtype, accumulation: np.dtype) -> Entries:
         call_kernel(kernel, address(data(placed)))
         keep(placed)
 
-    @entry(types.void(*arguments, _own_record), dtype)
+    @entry(types.void(*arguments, _own_record), dtype, stored)
     def place(q, k, v, out, lse, tiles, record, placed):
         """Complete a record for ``launch``; it holds addresses: keep the arrays alive."""
         _place(q, k, v, out, lse, tiles, record, placed)

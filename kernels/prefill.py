@@ -32,7 +32,6 @@ from .compile import glue, kernel
 from .host import HOST
 from .items import (
     ASKED,
-    BLOCK_KV,
     EXTENT,
     Places,
     between,
@@ -41,7 +40,7 @@ from .items import (
     problem_at,
     row_at,
 )
-from .record import ABSENT, COUNTER_OFFSET
+from .record import ABSENT, BLOCK_KV, COUNTER_OFFSET
 from .simd import (
     address,
     bytes_on,
@@ -290,11 +289,10 @@ def prefill(element: types.Float) -> int:
                 some_hidden = some_hidden or parts.hides(problem, sees)
             if most_seen == NOTHING:
                 continue
-            head = item.kv_head
-            k, k_step = parts.block(problem.k, item.k, head, problem.head_dim, key, keys, scratch.k)
-            v, v_step = parts.block(
-                problem.v, item.v, head, problem.head_dim_v, key, keys, scratch.v
-            )
+            k_args = (problem.k, item.k, problem.k_scale, item.k_scale, problem.head_dim)
+            k, k_step = parts.block(problem, item, *k_args, key, keys, scratch.k)
+            v_args = (problem.v, item.v, problem.v_scale, item.v_scale, problem.head_dim_v)
+            v, v_step = parts.block(problem, item, *v_args, key, keys, scratch.v)
             # Of a hidden NaN or Inf, 0 times the value would be left.
             strange = some_hidden and any_nonfinite(v, v_step, keys, problem.head_dim_v) != 0
             for t in range(count):

@@ -71,6 +71,9 @@ PROBLEM = np.dtype(
             "positions",  # or the address of that of each batch entry
             "left",  # query at position p sees keys p - left
             "right",  # to p + right
+            "pages",  # address of the numbers of the pages of each batch entry, where k and v are
+            "pages_step",  # (page, head, row, feature); how many each entry has,
+            "page_size",  # and keys of one page
             "states",  # decode: address of what is known after each chunk of keys, if there are
             "finished",  # several; and of how many are done, for each kv head of each batch entry
             "slopes",  # address of (batch, head) in the accumulation type,
@@ -126,10 +129,18 @@ BLOCKS = np.dtype(
     + [("mask", BLOCK_MASK)]
 )
 
+# Keys of one block: K and V of 64 keys with a head_dim of 64 fill the first-level cache together
+# with the scores. A multiple of every number of lanes, and as many as a word has bits.
+BLOCK_KV = 64
+
 # Keys of one chunk of decode. Small enough to share one long sequence between many cores, large
 # enough for what is kept of each to be little: two rows of V, in the size of 2 CHUNK rows read.
 CHUNK = 512
 
-# Where a kernel, and Python, find fields of a record of integers.
-STATES, FINISHED = (PROBLEM.fields[name][1] // 8 for name in ("states", "finished"))  # type: ignore[index]
 COUNTER_OFFSET = PROBLEM.fields["counter"][1]  # type: ignore[index]
+
+
+def field(name: str) -> int:
+    """Return where a field stands in a record of integers."""
+    offset: int = PROBLEM.fields[name][1]  # type: ignore[index]
+    return offset // 8

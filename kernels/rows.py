@@ -75,6 +75,8 @@ from .tiles import RUN_NARROW
 # float32 from 0.87 to 1.00 of it for one query, from 0.62 to 0.90 for four. 2 to 16 KB are alike.
 AHEAD = 4096
 
+LINE = 64  # bytes of a cache line, at least
+
 _int = types.intp
 _bytes = types.CPointer(types.uint8)
 
@@ -144,7 +146,7 @@ def _products(element: types.Float, storage: int, count: int) -> tuple[Any, Any]
     zero = np.dtype(str(element)).type(0)
     pointer = types.CPointer(element)
     size, load_stored, add_dots = _FORMATS[storage]
-    line_cols = max(64 // (size * lanes_of(element)), 1)
+    line_cols = max(LINE // (size * lanes_of(element)), 1)
     at_once = HOST.sums
     height = at_once // count
     across = min(4, height)
@@ -196,7 +198,7 @@ def _products(element: types.Float, storage: int, count: int) -> tuple[Any, Any]
                 for j in range(start, stop):
                     v_row = load_stored(wide_row, bytes_on(v, j * v_step + f * size), 0)
                     acc = add_row(acc, on(p, j), p_step * itemsize(p), v_row)
-                    for z in range(0, lanes(one) * across * size, 64):
+                    for z in range(0, lanes(one) * across * size, LINE):
                         prefetch_rows(one, bytes_on(v, ahead + j * v_step + f * size + z), 0)
                 at = on(o, f)
                 store(at, o_step, acc + load(wide, at, o_step))
@@ -245,6 +247,21 @@ def row_softmax(element: types.Float) -> Any:
             row_sum[x] = sum_across(total)
 
     return row_softmax
+
+
+@cache
+def key_scaler(element: types.Float) -> Any:
+    """Compile the scaling of what belongs to keys of 8 bits."""
+    pointer = types.CPointer(element)
+
+    @routine(types.void(pointer, _int, _int, _int, types.CPointer(types.float32)), element)
+    def scale_keys(p, p_step, count, keys, scales):
+        """``P[x, j] * scale[j]``."""
+        for x in range(count):
+            for j in range(keys):
+                p[x * p_step + j] *= scales[j]
+
+    return scale_keys
 
 
 @cache

@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from .compile import inline, routine
-from .record import BFLOAT, FLOAT32, FLOAT64, HALF
+from .record import BFLOAT, FLOAT32, FLOAT64, HALF, INT8
 from .simd import (
     bytes_on,
     lanes,
@@ -25,6 +25,7 @@ from .simd import (
     read_float32,
     read_float64,
     read_half,
+    read_int8,
     splat,
     square,
     store,
@@ -72,6 +73,7 @@ _read_float64 = _row_reader(read_float64, 8)
 _read_half = _row_reader(read_half, 2)
 _read_bfloat = _row_reader(read_bfloat, 2)
 _read_bool = _row_reader(read_bool, 1)
+_read_int8 = _row_reader(read_int8, 1)
 _write_float32 = _row_writer(write_float32, 4)
 _write_float64 = _row_writer(write_float64, 8)
 _write_half = _row_writer(write_half, 2)
@@ -105,6 +107,8 @@ def staging(element: types.Float) -> Staging:
             _read_half(target, source, step, count)
         elif storage == BFLOAT:
             _read_bfloat(target, source, step, count)
+        elif storage == INT8:
+            _read_int8(target, source, step, count)
         else:
             _read_bool(target, source, step, count)
 

@@ -1,0 +1,197 @@
+"""Rows of keys and values in the format that a cache keeps them in, and what every cache checks.
+
+What only a cache knows is checked here, everything else as in any other call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastattn.kernels.record import FLOAT32, PROBLEM
+from fastattn.problem import (
+    QUANTISED,
+    Format,
+    Problem,
+    as_array,
+    check,
+    is_float,
+    known_format,
+)
+from fastattn.reference import FLOATS
+
+Array = NDArray[Any]
+
+# The keywords that `check` wants, as `attention` has them.
+_DEFAULTS: dict[str, Any] = {
+    "mask": None,
+    "bias": None,
+    "causal": False,
+    "query_offset": None,
+    "scale": None,
+    "layout": "bhld",
+    "return_lse": False,
+    "out": None,
+}
+
+
+class Storage:
+    """Rows of keys and values, (slot, head, row, feature), in the format they are kept in."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], head_dim: int, head_dim_v: int, dtype: Any
+    ) -> None:
+        self.dtype = dtype
+        self.key = np.zeros((*shape, head_dim), dtype)
+        self.value = np.zeros((*shape, head_dim_v), dtype)
+        self.key_scale = self.value_scale = None
+        if self.is_quantised:
+            self.key_scale, self.value_scale = (np.zeros(shape, np.float32) for _ in range(2))
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether rows are kept as int8, with scales."""
+        return bool(self.dtype == np.int8)
+
+    @property
+    def format(self) -> Format:
+        """How kernels are told of it."""
+        return QUANTISED if self.is_quantised else known_format(self.dtype)
+
+    @property
+    def arrays(self) -> list[Array]:
+        """Keys, values, and their scales where there are any."""
+        scales = [x for x in (self.key_scale, self.value_scale) if x is not None]
+        return [self.key, self.value, *scales]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in self.arrays)
+
+    def convert(self, name: str, x: Array) -> tuple[Array, Array | None]:
+        """Return rows in the format of the cache, and their scales."""
+        if not self.is_quantised:
+            with np.errstate(over="ignore"):  # infinity is what rounding gives
+                return x.astype(self.dtype, copy=False), None
+        return quantise(name, x)
+
+    def put(self, place: Any, key: tuple[Array, Any], value: tuple[Array, Any]) -> None:
+        """Write converted rows to where an index of (slot, head, row) says."""
+        self.key[place], self.value[place] = key[0], value[0]
+        if self.key_scale is not None and self.value_scale is not None:
+            self.key_scale[place], self.value_scale[place] = key[1], value[1]
+
+    def move(self, target: Any, source: Any) -> None:
+        """Copy rows inside the storage."""
+        for x in self.arrays:
+            x[target] = x[source]
+
+    def resized(self, rows: int) -> Storage:
+        """Return a storage with more rows for each slot, and what is there."""
+        slots, heads, old, head_dim = self.key.shape
+        new = Storage((slots, heads, rows), head_dim, self.value.shape[-1], self.dtype)
+        for ours, theirs in zip(self.arrays, new.arrays, strict=True):
+            theirs[:, :, :old] = ours
+        return new
+
+    def attach(self, record: Array) -> None:
+        """Describe in a problem's record how the rows are kept."""
+        fields = record.view(PROBLEM)[0]
+        storage = self.format.storage
+        fields["k"]["storage"] = fields["v"]["storage"] = storage
+        for name, scale in (("k_scale", self.key_scale), ("v_scale", self.value_scale)):
+            if scale is not None:
+                fields[name] = (scale.ctypes.data, *scale.strides, 0, FLOAT32)
+
+    def rows(self) -> tuple[Array, Array]:
+        """Return key and value as the kernels take them."""
+        view = self.format.view
+        return self.key.view(view), self.value.view(view)
+
+
+def quantise(name: str, x: Array) -> tuple[Array, Array]:
+    """Return rows as int8 and the scale of each: ``x ~ scale * integers``, symmetric.
+
+    The largest element of a row becomes 127, so that no element is off by more than half of
+    ``max(abs(x)) / 127``.
+    """
+    wide = x.astype(np.float32, copy=False)
+    largest = np.abs(wide).max(axis=-1, initial=0)
+    if not np.isfinite(largest).all():
+        raise ValueError(f"{name} must be finite to be stored as int8: got NaN or infinity")
+    scale = largest / np.float32(127)
+    # A row of zeros has scale 0, and so do those whose scale is too small for a float32.
+    divisor = np.where(scale > 0, scale, np.float32(1))
+    return np.rint(wide / divisor[..., None]).clip(-127, 127).astype(np.int8), scale
+
+
+def check_storage_dtype(dtype: DTypeLike) -> Any:
+    """Return a dtype that keys and values can be kept in."""
+    try:
+        checked = np.dtype(dtype).newbyteorder("=")
+    except TypeError:
+        checked = np.dtype(object)
+    if checked != np.int8 and not is_float(checked):
+        raise TypeError(f"dtype must be one of {', '.join(FLOATS)}, int8: got {dtype!r}")
+    return checked
+
+
+def check_rows(name: str, x: ArrayLike, shape: tuple[int | None, ...], axes: str) -> Array:
+    """Return keys or values to be appended; None in the shape stands for any length."""
+    rows = as_array(name, x)
+    if not is_float(rows.dtype):
+        raise TypeError(f"{name} must be float16, float32, float64 or bfloat16: got {rows.dtype}")
+    fits = rows.ndim == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, rows.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("*" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must have shape {axes} = ({wanted}): got {rows.shape}")
+    return rows
+
+
+def check_integers(
+    name: str, numbers: ArrayLike, shape: tuple[int, ...], low: int, high: Any
+) -> Array:
+    """Return ints between two bounds, both allowed, broadcast to a shape."""
+    x = as_array(name, numbers)
+    if x.dtype.kind not in "iu" and x.size:
+        raise TypeError(f"{name} must be an int or ints: got {x.dtype}")
+    try:
+        x = np.broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(f"{name} must have shape {shape}: got {x.shape}") from None
+    if ((x < low) | (x > high)).any():
+        raise ValueError(f"{name} must lie between {low} and {high}: got {x}")
+    return x.astype(np.int64)
+
+
+def _stand_in(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return an array of a shape that takes no memory: for checks that look at no element."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def check_attend(
+    query: Any, shape: tuple[int, ...], storage: Storage, lengths: Any, keywords: dict[str, Any]
+) -> Problem:
+    """Check a call with keys and values of a shape (batch, num_kv_heads, seqlen_kv)."""
+    unknown = keywords.keys() - _DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"attend() got an unexpected keyword argument {min(unknown)!r}")
+    q = as_array("query", query)
+    if q.ndim != 4 or len(q) != shape[0]:
+        raise ValueError(
+            f"query must have four axes, the first of them {shape[0]}, as the cache: got {q.shape}"
+        )
+    dtype = q.dtype if storage.is_quantised else storage.dtype
+    key, value = (_stand_in((*shape, x.shape[-1]), dtype) for x in (storage.key, storage.value))
+    if keywords.get("layout") == "blhd":
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    problem = check(q, key, value, kv_lengths=lengths, **_DEFAULTS | keywords)
+    record = problem.record.copy()
+    storage.attach(record)
+    key, value = storage.rows()
+    return problem._replace(key=key, value=value, record=record, stored=storage.format)

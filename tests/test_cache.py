@@ -1,0 +1,669 @@
+"""Caches against recomputation: whatever happened to one, it attends to the tokens it keeps."""
+
+import io
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checks import BFLOAT16, FLOAT_DTYPES, to_float64
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import fastattn
+from fastattn import KVCache, PagedKVCache
+
+INT8 = np.dtype(np.int8)
+STORAGES = [*FLOAT_DTYPES, INT8]
+HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM_V = 4, 2, 32, 16
+
+# The largest error that a storage adds, as a share of the range of the output. Half a unit in the
+# last place of each value is within it, and so is what moved scores do to the weights.
+ROUNDING = {"float64": 1e-6, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "int8": 1e-2}
+
+
+def tokens(rng, *shape, head_dim=HEAD_DIM, head_dim_v=HEAD_DIM_V):
+    """Return normal keys and values, float32."""
+    return tuple(rng.standard_normal((*shape, n), dtype=np.float32) for n in (head_dim, head_dim_v))
+
+
+def assert_close(result, expected, dtype, times=1):
+    """Assert that a result is within what a storage costs."""
+    result, expected = to_float64(np.asarray(result)), to_float64(np.asarray(expected))
+    assert result.shape == expected.shape
+    assert np.isfinite(result).all()
+    allowed = times * ROUNDING[np.dtype(dtype).name] * max(np.ptp(expected), 1e-3)
+    assert np.abs(result - expected).max(initial=0) <= allowed
+
+
+def unchanged(cache):
+    """Return all that a cache holds, as bytes."""
+    return [x.tobytes() for x in cache._storage.arrays], cache.lengths.tobytes()
+
+
+class TestKVCache:
+    @pytest.mark.parametrize("dtype", STORAGES, ids=str)
+    @pytest.mark.parametrize("seqlen_q", [1, 2, 40])
+    @pytest.mark.parametrize("head_dim", [32, 20])
+    def test_attend(self, dtype, seqlen_q, head_dim, rng):
+        cache = KVCache(2, KV_HEADS, head_dim, 700, head_dim_v=HEAD_DIM_V, dtype=dtype)
+        key, value = tokens(rng, 2, KV_HEADS, 600, head_dim=head_dim)
+        cache.append(key[:, :, :10], value[:, :, :10])
+        cache.append(key[:, :, 10:], value[:, :, 10:], lengths=[590, 500])
+        assert cache.lengths.tolist() == [600, 510]
+        query = rng.standard_normal((2, HEADS, seqlen_q, head_dim), dtype=np.float32)
+        mask = rng.random((seqlen_q, 600)) < 0.7
+        for keywords in ({}, {"causal": True}, {"scale": 0.1}, {"mask": mask}, {"causal": True}):
+            output, lse = cache.attend(query, return_lse=True, **keywords)
+            expected, expected_lse = fastattn.attention(
+                query, key, value, kv_lengths=[600, 510], return_lse=True, **keywords
+            )
+            assert_close(output, expected, dtype)
+            assert_close(lse, expected_lse, dtype, times=10)
+
+    @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+    def test_bits_are_those_of_attention(self, dtype, rng):
+        cache = KVCache(1, KV_HEADS, HEAD_DIM, 1000, head_dim_v=HEAD_DIM_V, dtype=dtype)
+        key, value = (x.astype(dtype) for x in tokens(rng, 1, KV_HEADS, 600))
+        query = rng.standard_normal((1, HEADS, 1, HEAD_DIM)).astype(dtype)
+        cache.append(key, value)
+        for length in (600, 513, 512, 511, 1):
+            cache.truncate(length)
+            expected = fastattn.attention(query, key[:, :, :length], value[:, :, :length])
+            assert cache.attend(query).tobytes() == expected.tobytes()
+
+    @pytest.mark.parametrize("query_dtype", FLOAT_DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", STORAGES, ids=str)
+    def test_dtype_of_the_result(self, query_dtype, dtype, rng):
+        cache = KVCache(1, KV_HEADS, HEAD_DIM, 8, dtype=dtype)
+        cache.append(*tokens(rng, 1, KV_HEADS, 3, head_dim_v=HEAD_DIM))
+        query = rng.standard_normal((1, HEADS, 1, HEAD_DIM)).astype(query_dtype)
+        if {query_dtype.name, dtype.name} == {"float16", "bfloat16"}:
+            with pytest.raises(TypeError, match="common dtype"):
+                cache.attend(query)
+            return
+        expected = query_dtype if dtype == INT8 else np.result_type(query_dtype, dtype)
+        for _ in range(2):
+            assert cache.attend(query).dtype == expected
+
+    def test_empty(self, rng):
+        cache = KVCache(2, KV_HEADS, HEAD_DIM, 8)
+        query = rng.standard_normal((2, HEADS, 1, HEAD_DIM), dtype=np.float32)
+        output, lse = cache.attend(query, return_lse=True)
+        assert (output == 0).all()
+        assert (lse == -np.inf).all()
+        key, value = tokens(rng, 2, KV_HEADS, 1, head_dim_v=HEAD_DIM)
+        cache.append(key, value, lengths=[0, 1])
+        output = cache.attend(query)
+        assert (output[0] == 0).all()
+        assert_close(output[1], np.repeat(value[1], 2, axis=0), np.float32)
+
+    def test_nothing_is_read_behind_the_lengths(self, rng):
+        cache = KVCache(1, KV_HEADS, HEAD_DIM, 200)
+        for x in cache._storage.arrays:
+            x[...] = np.nan
+        cache.append(*tokens(rng, 1, KV_HEADS, 130, head_dim_v=HEAD_DIM))
+        query = rng.standard_normal((1, HEADS, 3, HEAD_DIM), dtype=np.float32)
+        assert np.isfinite(cache.attend(query)).all()
+        assert np.isfinite(cache.attend(query, causal=True)).all()
+
+    def test_grow(self, rng):
+        cache = KVCache(1, KV_HEADS, HEAD_DIM, 4, head_dim_v=HEAD_DIM_V, grow=True)
+        key, value = tokens(rng, 1, KV_HEADS, 100)
+        query = rng.standard_normal((1, HEADS, 1, HEAD_DIM), dtype=np.float32)
+        capacities = set()
+        for n in range(100):
+            cache.append(key[:, :, n : n + 1], value[:, :, n : n + 1])
+            cache.attend(query)
+            capacities.add(cache.capacity)
+        assert capacities == {4, 8, 16, 32, 64, 128}
+        assert_close(cache.attend(query), fastattn.attention(query, key, value), np.float32)
+
+    @pytest.mark.parametrize("capacity", [5, 8, 40])
+    def test_window(self, capacity, rng):
+        cache = KVCache(2, KV_HEADS, HEAD_DIM, capacity, head_dim_v=HEAD_DIM_V, window=5)
+        key, value = tokens(rng, 2, KV_HEADS, 60)
+        at = 0
+        for count in [1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 3, 1, 1, 1, 1, 1, 1]:
+            n = min(count, capacity - 4)
+            query = rng.standard_normal((2, HEADS, n, HEAD_DIM), dtype=np.float32)
+            cache.append(key[:, :, at : at + n], value[:, :, at : at + n])
+            at += n
+            assert cache.positions.tolist() == [at, at]
+            assert cache.lengths.max() <= capacity
+            i, j = np.arange(at - n, at)[:, None], np.arange(at)
+            mask = (j <= i) & (j > i - 5)
+            expected = fastattn.reference.attention(
+                query, key[:, :, :at], value[:, :, :at], mask=mask
+            )
+            for keywords in ({}, {"causal": True}, {"layout": "bhld"}):
+                assert_close(cache.attend(query, **keywords), expected, np.float32)
+
+    def test_reorder(self, rng):
+        cache = KVCache(3, KV_HEADS, HEAD_DIM, 9, head_dim_v=HEAD_DIM_V)
+        key, value = tokens(rng, 3, KV_HEADS, 9)
+        cache.append(key, value, lengths=[9, 4, 0])
+        cache.reorder([1, 0, 1])
+        query = rng.standard_normal((3, HEADS, 1, HEAD_DIM), dtype=np.float32)
+        expected = fastattn.attention(query, key[[1, 0, 1]], value[[1, 0, 1]], kv_lengths=[4, 9, 4])
+        assert_close(cache.attend(query), expected, np.float32)
+
+    def test_append_touches_nothing_else(self, rng):
+        cache = KVCache(1, KV_HEADS, HEAD_DIM, 64)
+        arrays = cache._storage.arrays
+        key, value = tokens(rng, 1, KV_HEADS, 64, head_dim_v=HEAD_DIM)
+        for n in range(64):
+            before = [x.copy() for x in arrays]
+            cache.append(key[:, :, n : n + 1], value[:, :, n : n + 1])
+            for old, new in zip(before, cache._storage.arrays, strict=True):
+                assert np.array_equal(np.delete(old, n, axis=2), np.delete(new, n, axis=2))
+        assert [id(x) for x in cache._storage.arrays] == [id(x) for x in arrays]
+
+    def test_nbytes(self):
+        sizes = {
+            dtype.name: KVCache(2, 3, 64, 100, head_dim_v=32, dtype=dtype).nbytes
+            for dtype in STORAGES
+        }
+        elements = 2 * 3 * 100 * (64 + 32)
+        assert sizes["float32"] == 4 * elements
+        assert sizes["float16"] == sizes["bfloat16"] == 2 * elements
+        assert sizes["int8"] == elements + 2 * 4 * 2 * 3 * 100
+
+
+class TestInt8:
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize("seqlen_kv", [16, 300, 2000])
+    def test_error_on_normal_data(self, head_dim, seqlen_kv, rng):
+        cache = KVCache(1, 8, head_dim, seqlen_kv, dtype=np.int8)
+        key, value = tokens(rng, 1, 8, seqlen_kv, head_dim=head_dim, head_dim_v=head_dim)
+        query = rng.standard_normal((1, 32, 1, head_dim), dtype=np.float32)
+        cache.append(key, value)
+        expected = fastattn.attention(query, key, value)
+        error = np.abs(cache.attend(query) - expected).max()
+        assert error < 0.01 * np.ptp(expected)
+
+    def test_rows_are_off_by_half_a_step(self, rng):
+        cache = KVCache(1, 1, 64, 50, dtype=np.int8)
+        key, value = tokens(rng, 1, 1, 50, head_dim=64, head_dim_v=64)
+        key *= np.float32(10.0) ** rng.integers(-30, 30, (50, 1))
+        cache.append(key, value)
+        storage = cache._storage
+        kept = storage.key * storage.key_scale[..., None].astype(np.float64)
+        step = np.abs(key).max(axis=-1, keepdims=True) / 127
+        assert (np.abs(kept - key) <= step * 0.5001).all()
+
+    def test_outliers_take_the_precision_of_their_row_alone(self, rng):
+        cache = KVCache(1, 1, 64, 50, dtype=np.int8)
+        key, value = tokens(rng, 1, 1, 50, head_dim=64, head_dim_v=64)
+        value[0, 0, 7, 3] = 1000.0
+        cache.append(key, value)
+        storage = cache._storage
+        kept = storage.value[0, 0] * storage.value_scale[0, 0, :, None]
+        error = np.abs(kept - value[0, 0]).max(axis=-1)
+        assert error[7] <= 0.5001 * 1000 / 127
+        assert (
+            np.delete(error, 7) <= 0.5001 * np.abs(np.delete(value[0, 0], 7, 0)).max() / 127
+        ).all()
+
+    @pytest.mark.parametrize("number", [0.0, 1e-45, 1e-42, 3e38])
+    def test_extreme_rows(self, number):
+        cache = KVCache(1, 1, 16, 2, dtype=np.int8)
+        row = np.full((1, 1, 1, 16), number, np.float32)
+        cache.append(row, row)
+        output = cache.attend(np.zeros((1, 1, 1, 16), np.float32))
+        np.testing.assert_allclose(output, row, rtol=0.005, atol=1e-38)
+
+    def test_padding_may_hold_anything(self, rng):
+        cache = KVCache(1, KV_HEADS, HEAD_DIM, 8, dtype=np.int8)
+        key, value = tokens(rng, 1, KV_HEADS, 3, head_dim_v=HEAD_DIM)
+        key[:, :, 2] = value[:, :, 2] = np.nan
+        cache.append(key, value, lengths=[2])
+        query = rng.standard_normal((1, HEADS, 1, HEAD_DIM), dtype=np.float32)
+        assert np.isfinite(cache.attend(query)).all()
+
+
+class TestKVCacheErrors:
+    @pytest.fixture
+    def cache(self, rng):
+        cache = KVCache(2, KV_HEADS, HEAD_DIM, 8, dtype=np.int8)
+        cache.append(*tokens(rng, 2, KV_HEADS, 5, head_dim_v=HEAD_DIM))
+        return cache
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (lambda k, v: (k[:1], v), ValueError, "key must have shape"),
+            (lambda k, v: (k[:, :1], v), ValueError, "key must have shape"),
+            (lambda k, v: (k[..., :5], v), ValueError, "key must have shape"),
+            (lambda k, v: (k, v[..., :5]), ValueError, "value must have shape"),
+            (lambda k, v: (k, v[:, :, :1]), ValueError, "value must have shape"),
+            (lambda k, v: (k[0], v[0]), ValueError, "key must have shape"),
+            (lambda k, v: (k.astype(int), v), TypeError, "key must be float16"),
+            (lambda k, v: (k, v * 1j), TypeError, "value must be float16"),
+            (lambda k, v: (k * np.nan, v), ValueError, "key must be finite"),
+            (lambda k, v: (k, v / 0), ValueError, "value must be finite"),
+            (lambda k, v: (k, v, [1, 3]), ValueError, "lengths must lie between 0 and 2"),
+            (lambda k, v: (k, v, [1]), None, ""),
+            (lambda k, v: (k, v, [1, 1, 1]), ValueError, "lengths must have shape"),
+            (lambda k, v: (k, v, [0.5, 1]), TypeError, "lengths must be an int"),
+            (lambda k, v: (np.repeat(k, 2, 2), np.repeat(v, 2, 2)), ValueError, "capacity of 8"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_append(self, cache, change, error, message, rng):
+        key, value = tokens(rng, 2, KV_HEADS, 2, head_dim_v=HEAD_DIM)
+        arguments = change(key, value)
+        if error is None:
+            cache.append(*arguments)
+            assert cache.lengths.tolist() == [6, 6]
+            return
+        before = unchanged(cache)
+        with pytest.raises(error, match=message):
+            cache.append(*arguments)
+        assert unchanged(cache) == before
+
+    def test_others(self, cache, rng):
+        before = unchanged(cache)
+        query = rng.standard_normal((2, HEADS, 1, HEAD_DIM), dtype=np.float32)
+        with pytest.raises(ValueError, match="lengths must lie between 0 and"):
+            cache.truncate(6)
+        with pytest.raises(ValueError, match="lengths must lie between 0 and"):
+            cache.truncate([-1, 3])
+        with pytest.raises(ValueError, match="indices must lie between 0 and 1"):
+            cache.reorder([0, 2])
+        with pytest.raises(ValueError, match="query must have four axes"):
+            cache.attend(query[:1])
+        with pytest.raises(ValueError, match="query must have four axes"):
+            cache.attend(query[None])
+        with pytest.raises(ValueError, match="must divide"):
+            cache.attend(query[:, :3])
+        with pytest.raises(ValueError, match=r"key.shape\[-1\] must equal"):
+            cache.attend(query[..., :7])
+        with pytest.raises(TypeError, match="unexpected keyword argument 'kv_lengths'"):
+            cache.attend(query, kv_lengths=3)
+        with pytest.raises(ValueError, match="scale must be finite"):
+            cache.attend(query, scale=np.nan)
+        with pytest.raises(TypeError, match="causal must be"):
+            cache.attend(query, causal=2)
+        assert unchanged(cache) == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"batch": 0}, ValueError, "batch must be at least 1"),
+            ({"capacity": -1}, ValueError, "capacity must be at least 1"),
+            ({"head_dim": 1.5}, TypeError, "head_dim must be an int"),
+            ({"num_kv_heads": True}, TypeError, "num_kv_heads must be an int"),
+            ({"head_dim_v": 0}, ValueError, "head_dim_v must be at least 1"),
+            ({"dtype": np.int16}, TypeError, "dtype must be one of float16, .*, int8: got"),
+            ({"dtype": "nonsense"}, TypeError, "dtype must be"),
+            ({"window": 9}, ValueError, "window must not exceed"),
+            ({"window": 0}, ValueError, "window must be at least 1"),
+        ],
+    )
+    def test_construction(self, arguments, error, message):
+        good = {"batch": 1, "num_kv_heads": 1, "head_dim": 4, "capacity": 8}
+        with pytest.raises(error, match=message):
+            KVCache(**good | arguments)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("dtype", STORAGES, ids=str)
+    def test_round_trip(self, dtype, tmp_path, rng):
+        cache = KVCache(2, KV_HEADS, HEAD_DIM, 20, dtype=dtype, grow=True, window=6)
+        cache.append(*tokens(rng, 2, KV_HEADS, 15, head_dim_v=HEAD_DIM), lengths=[15, 9])
+        path = tmp_path / "cache.npz"
+        cache.save(path)
+        loaded = KVCache.load(path)
+        assert [x.name for x in tmp_path.iterdir()] == ["cache.npz"]
+        for name in ("dtype", "capacity", "grow", "window", "nbytes"):
+            assert getattr(loaded, name) == getattr(cache, name)
+        assert loaded.lengths.tolist() == [15, 9]
+        query = rng.standard_normal((2, HEADS, 1, HEAD_DIM)).astype(np.float32)
+        assert loaded.attend(query).tobytes() == cache.attend(query).tobytes()
+
+    def test_torn_files(self, tmp_path, rng):
+        cache = KVCache(1, 1, 8, 20)
+        cache.append(*tokens(rng, 1, 1, 15, head_dim=8, head_dim_v=8))
+        path = tmp_path / "cache.npz"
+        cache.save(path)
+        whole = path.read_bytes()
+        for end in [*range(0, len(whole) - 1, 97), len(whole) - 1]:
+            path.write_bytes(whole[:end])
+            with pytest.raises(ValueError, match="path must be a file that KVCache"):
+                KVCache.load(path)
+
+    def test_foreign_files(self, tmp_path):
+        path = tmp_path / "cache.npz"
+        contents = [b"", b"hello", b"PK\x05\x06" + bytes(18)]
+        for save in (
+            lambda file: np.save(file, np.zeros(3)),
+            lambda file: np.save(file, np.array([{}], object)),
+            lambda file: np.savez(file, key=np.zeros(3)),
+            lambda file: np.savez(file, format=np.array([{}], object)),
+            lambda file: np.savez(file, format="fastattn.KVCache 1"),
+        ):
+            file = io.BytesIO()
+            save(file)
+            contents.append(file.getvalue())
+        for content in contents:
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match="path must be a file that KVCache"):
+                KVCache.load(path)
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("key", lambda x: x[:, :, :3]),
+            ("key", lambda x: x.astype(np.int16)),
+            ("value", lambda x: x[:, :1]),
+            ("value", lambda x: x[0]),
+            ("key_scale", lambda x: x * np.nan),
+            ("value_scale", lambda x: -x),
+            ("lengths", lambda x: x + 100),
+            ("lengths", lambda x: x[:1]),
+            ("lengths", lambda x: x - 100),
+            ("dropped", lambda x: x - 1),
+            ("options", lambda x: x - 100),
+            ("options", lambda x: x[:2]),
+            ("dtype", lambda x: np.array("float32")),
+            ("dtype", lambda x: np.array("no such thing")),
+            ("format", lambda x: np.array("another")),
+        ],
+    )
+    def test_changed_files(self, name, change, tmp_path, rng):
+        cache = KVCache(2, 2, 8, 20, dtype=np.int8)
+        cache.append(*tokens(rng, 2, 2, 15, head_dim=8, head_dim_v=8))
+        path = tmp_path / "cache.npz"
+        cache.save(path)
+        content = dict(np.load(path))
+        content[name] = change(content[name])
+        np.savez(path, **content)
+        if name == "lengths" and content[name].shape == (1,):
+            assert KVCache.load(path).lengths.tolist() == [15, 15]
+            return
+        with pytest.raises(ValueError, match="path must be a file that KVCache"):
+            KVCache.load(path)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            KVCache.load(tmp_path / "nothing.npz")
+
+
+class TestPagedKVCache:
+    @pytest.mark.parametrize("dtype", STORAGES, ids=str)
+    @pytest.mark.parametrize("page_size", [1, 7, 64, 128])
+    def test_ragged_batch(self, dtype, page_size, rng):
+        lengths, queries = [600, 3, 64, 130, 0], [1, 3, 40, 1, 1]
+        cache = PagedKVCache(
+            -(-1000 // page_size) + 5, page_size, KV_HEADS, HEAD_DIM, head_dim_v=16, dtype=dtype
+        )
+        ids = [cache.add() for _ in lengths]
+        key, value = tokens(rng, sum(lengths), KV_HEADS)
+        starts, starts_q = np.cumsum([0, *lengths]), np.cumsum([0, *queries])
+        cache.append(ids, key, value, starts)
+        assert cache.lengths(ids).tolist() == lengths
+        query = rng.standard_normal((sum(queries), HEADS, HEAD_DIM), dtype=np.float32)
+        output, lse = cache.attend(query, ids, starts_q, causal=True, return_lse=True)
+        for n, length in enumerate(lengths):
+            mine, theirs = slice(*starts_q[n : n + 2]), slice(*starts[n : n + 2])
+            if length == 0:
+                assert (output[mine] == 0).all()
+                assert (lse[:, mine] == -np.inf).all()
+                continue
+            expected, expected_lse = fastattn.attention(
+                *(x.swapaxes(0, 1) for x in (query[mine], key[theirs], value[theirs])),
+                causal=True,
+                return_lse=True,
+            )
+            assert_close(output[mine].swapaxes(0, 1), expected, dtype, times=2)
+            assert_close(lse[:, mine], expected_lse, dtype, times=10)
+
+    def test_bits_do_not_depend_on_the_batch(self, rng):
+        lengths, queries = [600, 3, 64, 130], [1, 3, 40, 1]
+        cache = PagedKVCache(40, 64, KV_HEADS, HEAD_DIM, dtype=np.float16)
+        ids = [cache.add() for _ in lengths]
+        starts, starts_q = np.cumsum([0, *lengths]), np.cumsum([0, *queries])
+        cache.append(ids, *tokens(rng, sum(lengths), KV_HEADS, head_dim_v=HEAD_DIM), starts)
+        query = rng.standard_normal((sum(queries), HEADS, HEAD_DIM), dtype=np.float32)
+        together = cache.attend(query, ids, starts_q)
+        for n, each in enumerate(ids):
+            mine = slice(*starts_q[n : n + 2])
+            alone = cache.attend(query[mine], [each], [0, queries[n]])
+            assert alone.tobytes() == together[mine].tobytes()
+
+    def test_sharing_and_copy_on_write(self, rng):
+        cache = PagedKVCache(10, 4, KV_HEADS, HEAD_DIM, head_dim_v=HEAD_DIM_V)
+        prompt = cache.add()
+        key, value = tokens(rng, 6, KV_HEADS)
+        cache.append([prompt], key, value, [0, 6])
+        assert cache.pages_free == 8
+        ids = [cache.add(share=prompt) for _ in range(3)]
+        assert cache.pages_free == 8
+        more = tokens(rng, 3, KV_HEADS)
+        cache.append(ids, *more)
+        # Three copies of the half page; the prompt keeps its own.
+        assert cache.pages_free == 5
+        cache.free(prompt)
+        assert cache.pages_free == 6
+        query = rng.standard_normal((3, HEADS, HEAD_DIM), dtype=np.float32)
+        output = cache.attend(query, ids)
+        for n in range(3):
+            all_keys, all_values = (
+                np.concatenate([old, new[n : n + 1]]).swapaxes(0, 1)
+                for old, new in zip((key, value), more, strict=True)
+            )
+            expected = fastattn.attention(query[n][:, None], all_keys, all_values)
+            assert_close(output[n], expected[:, 0], np.float32)
+        for each in ids:
+            cache.free(each)
+        assert cache.pages_free == 10
+
+    def test_the_last_user_of_a_page_writes_in_place(self, rng):
+        cache = PagedKVCache(3, 4, KV_HEADS, HEAD_DIM, head_dim_v=HEAD_DIM_V)
+        first = cache.add()
+        cache.append([first], *tokens(rng, 2, KV_HEADS), [0, 2])
+        second = cache.add(share=first)
+        # One copy is enough for both.
+        cache.append([first, second], *tokens(rng, 2, KV_HEADS))
+        assert cache.pages_free == 1
+
+    def test_running_out_of_pages(self, rng):
+        cache = PagedKVCache(4, 4, KV_HEADS, HEAD_DIM, head_dim_v=HEAD_DIM_V)
+        ids = [cache.add(), cache.add()]
+        cache.append(ids, *tokens(rng, 8, KV_HEADS), [0, 6, 8])
+        shared = cache.add(share=ids[0])
+        query = rng.standard_normal((3, HEADS, HEAD_DIM), dtype=np.float32)
+        before = cache.attend(query, [*ids, shared]).tobytes()
+        for where, counts in (([ids[1]], [11]), ([*ids, shared], [1, 3, 1]), ([ids[0]], [7])):
+            with pytest.raises(ValueError, match="must fit into the free pages"):
+                cache.append(where, *tokens(rng, sum(counts), KV_HEADS), np.cumsum([0, *counts]))
+            assert cache.pages_free == 1
+            assert cache.lengths([*ids, shared]).tolist() == [6, 2, 6]
+            assert cache.attend(query, [*ids, shared]).tobytes() == before
+
+    def test_abuse(self, rng):
+        cache = PagedKVCache(4, 4, KV_HEADS, HEAD_DIM)
+        known, freed = cache.add(), cache.add()
+        cache.free(freed)
+        key, value = tokens(rng, 1, KV_HEADS, head_dim_v=HEAD_DIM)
+        cache.append([known], key, value)
+        query = rng.standard_normal((1, HEADS, HEAD_DIM), dtype=np.float32)
+        for call in (
+            lambda each: cache.append([each], key, value),
+            lambda each: cache.attend(query, [each]),
+            cache.free,
+            lambda each: cache.add(share=each),
+            lambda each: cache.lengths([each]),
+        ):
+            with pytest.raises(ValueError, match=f"got {freed}, which was freed"):
+                call(freed)
+            with pytest.raises(ValueError, match="got 99, which was never added"):
+                call(99)
+            with pytest.raises(ValueError, match="must lie between 0"):
+                call(-1)
+            with pytest.raises(TypeError, match="must be an int or ints"):
+                call(0.5)
+        with pytest.raises(ValueError, match="must name each sequence once"):
+            cache.append([known, known], *(np.repeat(x, 2, 0) for x in (key, value)))
+        for starts in ([0, 2], [1, 1], [0], [0, 1, 1], [[0, 1]]):
+            with pytest.raises(ValueError, match="cu_seqlens"):
+                cache.append([known], key, value, starts)
+            with pytest.raises(ValueError, match="cu_seqlens_q"):
+                cache.attend(query, [known], starts)
+        with pytest.raises(ValueError, match="cu_seqlens must be given"):
+            cache.append([known], *(np.repeat(x, 2, 0) for x in (key, value)))
+        with pytest.raises(ValueError, match="query must have shape"):
+            cache.attend(query[0], [known])
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            cache.attend(query, [known], mask=True)
+        assert cache.lengths([known]).tolist() == [1]
+        assert cache.pages_free == 3
+
+    @pytest.mark.parametrize("page", [-1, 4, 1 << 40])
+    def test_a_page_outside_the_pool_is_not_read(self, page, rng):
+        cache = PagedKVCache(4, 4, KV_HEADS, HEAD_DIM)
+        known = cache.add()
+        cache.append([known], *tokens(rng, 1, KV_HEADS, head_dim_v=HEAD_DIM))
+        cache._tables[known][0] = page
+        with pytest.raises(ValueError, match="pages must lie between 0 and 3"):
+            cache.attend(np.zeros((1, HEADS, HEAD_DIM), np.float32), [known])
+
+
+class KVCacheMachine(RuleBasedStateMachine):
+    """Any sequence of calls leaves what the plain lists beside it hold."""
+
+    @initialize(dtype=st.sampled_from(STORAGES), seed=st.integers(0, 99))
+    def start(self, dtype, seed):
+        self.rng = np.random.default_rng(seed)
+        self.cache = KVCache(3, 1, 16, 8, dtype=dtype, grow=True)
+        self.kept = [np.zeros((0, 16), np.float32)] * 3
+
+    @rule(tokens=st.integers(0, 40), data=st.data())
+    def append(self, tokens, data):
+        lengths = [data.draw(st.integers(0, tokens)) for _ in range(3)]
+        rows = self.rng.standard_normal((3, 1, tokens, 16), dtype=np.float32)
+        self.cache.append(rows, rows, lengths)
+        self.kept = [
+            np.concatenate([old, new[0, :n]])
+            for old, new, n in zip(self.kept, rows, lengths, strict=True)
+        ]
+
+    @rule(tokens=st.integers(1, 3))
+    def append_all(self, tokens):
+        rows = self.rng.standard_normal((3, 1, tokens, 16), dtype=np.float32)
+        self.cache.append(rows, rows)
+        self.kept = [np.concatenate([a, b[0]]) for a, b in zip(self.kept, rows, strict=True)]
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        lengths = [data.draw(st.integers(0, len(x))) for x in self.kept]
+        self.cache.truncate(lengths)
+        self.kept = [x[:n] for x, n in zip(self.kept, lengths, strict=True)]
+
+    @rule(indices=st.lists(st.integers(0, 2), min_size=3, max_size=3))
+    def reorder(self, indices):
+        self.cache.reorder(indices)
+        self.kept = [self.kept[n] for n in indices]
+
+    @rule()
+    def save_and_load(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self.cache.save(Path(folder) / "cache.npz")
+            self.cache = KVCache.load(Path(folder) / "cache.npz")
+
+    @invariant()
+    def attends_to_what_it_keeps(self):
+        if not hasattr(self, "cache"):
+            return
+        assert self.cache.lengths.tolist() == [len(x) for x in self.kept]
+        query = self.rng.standard_normal((3, 2, 1, 16), dtype=np.float32)
+        output = self.cache.attend(query)
+        for mine, q, rows in zip(output, query, self.kept, strict=True):
+            expected = fastattn.reference.attention(q, rows[None], rows[None])
+            assert_close(mine, expected, self.cache.dtype, times=2)
+
+
+class PagedKVCacheMachine(RuleBasedStateMachine):
+    """Likewise, with sequences that come, share and go."""
+
+    @initialize(
+        dtype=st.sampled_from([np.dtype(np.float32), BFLOAT16, INT8]),
+        page_size=st.sampled_from([1, 3, 64]),
+        seed=st.integers(0, 99),
+    )
+    def start(self, dtype, page_size, seed):
+        self.rng = np.random.default_rng(seed)
+        self.cache = PagedKVCache(24, page_size, 1, 16, dtype=dtype)
+        self.kept = {}
+
+    @rule()
+    def add(self):
+        self.kept[self.cache.add()] = np.zeros((0, 16), np.float32)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def share(self, data):
+        each = data.draw(st.sampled_from(sorted(self.kept)))
+        self.kept[self.cache.add(share=each)] = self.kept[each]
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def free(self, data):
+        each = data.draw(st.sampled_from(sorted(self.kept)))
+        self.cache.free(each)
+        del self.kept[each]
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def append(self, data):
+        ids = data.draw(st.lists(st.sampled_from(sorted(self.kept)), unique=True))
+        counts = [data.draw(st.integers(0, 9)) for _ in ids]
+        rows = self.rng.standard_normal((sum(counts), 1, 16), dtype=np.float32)
+        starts = np.cumsum([0, *counts])
+        if self.pages_needed(ids, counts) > self.cache.pages_free:
+            with pytest.raises(ValueError, match="free pages"):
+                self.cache.append(ids, rows, rows, starts)
+            return
+        self.cache.append(ids, rows, rows, starts)
+        for n, each in enumerate(ids):
+            new = rows[starts[n] : starts[n + 1], 0]
+            self.kept[each] = np.concatenate([self.kept[each], new])
+
+    @invariant()
+    def attends_to_what_it_keeps(self):
+        if not getattr(self, "kept", None):
+            return
+        ids = sorted(self.kept)
+        assert self.cache.lengths(ids).tolist() == [len(self.kept[each]) for each in ids]
+        query = self.rng.standard_normal((len(ids), 2, 16), dtype=np.float32)
+        for mine, q, each in zip(self.cache.attend(query, ids), query, ids, strict=True):
+            rows = self.kept[each][None]
+            expected = fastattn.reference.attention(q[:, None], rows, rows)[:, 0]
+            assert_close(mine, expected, self.cache.dtype, times=2)
+
+    def pages_needed(self, ids, counts):
+        """Return how many pages an append takes: copies of shared last ones, and new ones."""
+        size, needed = self.cache.page_size, 0
+        users = Counter(page for table in self.cache._tables.values() for page in table)
+        for each, count in zip(ids, counts, strict=True):
+            length = len(self.kept[each])
+            needed += -(-(length + count) // size) - -(-length // size)
+            if count and length % size:
+                last = self.cache._tables[each][-1]
+                needed += users[last] > 1
+                users[last] -= users[last] > 1
+        return needed
+
+    @invariant()
+    def counts_its_pages(self):
+        if not hasattr(self, "cache"):
+            return
+        used = {page for table in self.cache._tables.values() for page in table}
+        assert len(used) == 24 - self.cache.pages_free
+        assert not used & set(self.cache._free)
+
+
+TestKVCacheMachine = KVCacheMachine.TestCase
+TestPagedKVCacheMachine = PagedKVCacheMachine.TestCase

@@ -69,7 +69,8 @@ def detect() -> Host:
         # 32 registers of 16 bytes: 8 x 3 accumulators, 3 columns, one broadcast.
         return Host(cpu, "NEON", 16, True, True, (8, 3), (8, 1), 4, 16, False)
     fused = re.search(r"\bvfmadd", assembly) is not None
-    half = "vcvtph2ps" in assembly
+    # The second is AVX512-FP16's name for it.
+    half = "vcvtph2ps" in assembly or "vcvtsh2ss" in assembly
     if "%zmm" in assembly:
         # 32 registers of 64 bytes. 8 x 2 keeps two units with a latency of four busy, and leaves
         # room: taller tiles spill.

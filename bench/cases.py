@@ -20,6 +20,7 @@ class Goal:
     torch: float | None = None  # speed over that of PyTorch
     peak: float | None = None  # share of the multiply-add peak
     plain: float | None = None  # time as a multiple of the plain case's
+    reading: float | None = None  # share of the rate at which memory is read
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class Case:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        """The element type for NumPy, to which bfloat16 is an extension."""
+        """The element type for NumPy, to which bfloat16 is an extension.
+
+        Nobody computes in int8: it is what a cache keeps of float32.
+        """
+        if self.dtype == "int8":
+            return np.dtype(np.float32)
         return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
 
     @property
@@ -65,7 +71,7 @@ class Case:
             return replace(self, variant=None)
         if self.causal:
             return replace(self, causal=False)
-        if self.dtype in ("float16", "bfloat16"):
+        if self.dtype in ("float16", "bfloat16", "int8"):
             return replace(self, dtype="float32")
         return None
 
@@ -107,6 +113,17 @@ class Inputs:
         pairs = visible.mean() * seqlen_q * seqlen_kv * math.prod(self.query.shape[:-2])
         return float(2 * pairs * (self.query.shape[-1] + self.value.shape[-1]))
 
+    @property
+    def bytes_read(self) -> float:
+        """The bytes of keys and values: each has to be read once; for int8 with their scales."""
+        if self.case.dtype == "int8":
+            return float(sum(each.size + each.size // each.shape[-1] * 4 for each in self._stored))
+        return float(sum(each.nbytes for each in self._stored))
+
+    @property
+    def _stored(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.key, self.value
+
 
 def make_inputs(case: Case) -> Inputs:
     """Draw the arrays of a case; a case and its plain one get equal queries, keys and values."""
@@ -135,6 +152,24 @@ def make_inputs(case: Case) -> Inputs:
 
 _HALF = Goal(peer=1.15, plain=1 / 0.9)
 
+
+def _decode(batch: int) -> tuple[Case, ...]:
+    """One query for each head against a long cache, in every format that it can be kept in."""
+    cases = []
+    for num_kv_heads, seqlen_kv, peer in ((32, 4096, 1.15), (8, 8192, 2.5)):
+        shared = None if num_kv_heads == 32 else num_kv_heads
+        for dtype, target, goal in (
+            ("float32", "T8", Goal(peer=peer, reading=0.85)),
+            ("float16", "T9", Goal(plain=0.55)),
+            ("bfloat16", "T9", Goal(plain=0.55)),
+            ("int8", "T9", Goal(plain=0.33)),
+        ):
+            shape = (batch, 32, 1, 128)
+            case = Case(target, shape, goal, dtype, num_kv_heads=shared, seqlen_kv=seqlen_kv)
+            cases.append(case)
+    return tuple(cases)
+
+
 CASES: tuple[Case, ...] = (
     # Many queries, every key visible.
     Case("T1", (1, 12, 512, 64), Goal(peer=1.15)),
@@ -153,6 +188,8 @@ CASES: tuple[Case, ...] = (
     Case("T6", (1, 12, 1024, 64), Goal(plain=1.15), variant="mask"),
     Case("T6", (1, 12, 1024, 64), Goal(plain=1.15), variant="key_padding"),
     Case("T6", (1, 12, 1024, 64), Goal(plain=1.15), variant="bias"),
+    *_decode(batch=1),
+    *_decode(batch=8),
     Case("T10", (1, 1, 4, 4), is_small=True),
     Case("T10", (1, 4, 16, 32), is_small=True),
     Case("T10", (6, 3), is_small=True),

@@ -27,7 +27,7 @@ import numpy as np
 from fastattn import reference
 
 from .cases import Case, Inputs, make_inputs
-from .limits import multiply_adds
+from .limits import multiply_adds, reading
 from .machine import THREADS
 from .providers import FASTATTN, NAIVE, PEERS, Prepared
 
@@ -50,6 +50,10 @@ EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloa
 
 PLAIN = "plain case"
 PEAK = "fma_peak"
+READING = "read_bandwidth"
+
+# How wrong a result may be that comes from 8 bits, as a share of the range of the output.
+INT8_ERROR = 0.01
 
 
 class WrongResultError(AssertionError):
@@ -67,10 +71,7 @@ def reference_output(inputs: Inputs) -> np.ndarray:
     def four_dimensions(array: np.ndarray) -> np.ndarray:
         return array.reshape(*[1] * (4 - array.ndim), *array.shape)
 
-    query, key, value = (
-        four_dimensions(each).astype(np.float64)
-        for each in (inputs.query, inputs.key, inputs.value)
-    )
+    query, key, value = (four_dimensions(each) for each in (inputs.query, inputs.key, inputs.value))
     batch, num_heads, seqlen_q, _ = query.shape
     group_size = num_heads // key.shape[1]
     scores = (batch, num_heads, seqlen_q, key.shape[-2])
@@ -81,9 +82,10 @@ def reference_output(inputs: Inputs) -> np.ndarray:
     out = np.empty((batch, num_heads, seqlen_q, value.shape[-1]))
     for b, h in np.ndindex(batch, num_heads):
         out[b, h] = reference.attention(
-            query[b, h],
-            key[b, h // group_size],
-            value[b, h // group_size],
+            *(
+                each.astype(np.float64)
+                for each in (query[b, h], key[b, h // group_size], value[b, h // group_size])
+            ),
             mask=None if mask is None else mask[b, h],
             bias=None if bias is None else bias[b, h],
             causal=inputs.case.causal,
@@ -114,6 +116,8 @@ def tolerance(case: Case, naive_error: float, expected: np.ndarray, times: float
     Four times is wide enough for probabilities that are rounded to the storage type on the
     way, as some do, and narrow enough to find float32 inside where float64 was asked for.
     """
+    if case.dtype == "int8":
+        return INT8_ERROR * float(np.ptp(expected))
     return times * naive_error + EPSILON[case.dtype] / 2 * float(np.abs(expected).max())
 
 
@@ -213,6 +217,9 @@ class Measurement:
         # 16-bit types are computed in float32.
         self.peak = multiply_adds("float64" if case.dtype == "float64" else "float32")
         self.contenders[PEAK] = Contender(PEAK, Prepared(self.peak.run))
+        self.reading = reading() if case.goal.reading is not None else None
+        if self.reading is not None:
+            self.contenders[READING] = Contender(READING, Prepared(self.reading.run))
         seconds_per_round = 0.0
         for contender in self.contenders.values():
             seconds_per_round += contender.calibrate() + QUIET_SECONDS
@@ -232,7 +239,9 @@ class Measurement:
         case, flops = self.case, self.inputs.flops
         own = self.contenders[FASTATTN.name]
         rivals = [
-            each for name, each in self.contenders.items() if name not in (own.name, PLAIN, PEAK)
+            each
+            for name, each in self.contenders.items()
+            if name not in (own.name, PLAIN, PEAK, READING)
         ]
         best = min(rivals, key=lambda each: each.median)
         speed_over = {each.name: _ratio(each.seconds, own.seconds) for each in rivals}
@@ -243,6 +252,10 @@ class Measurement:
                 each.name: _ratio(peak.seconds, each.seconds) * flops / self.peak.amount
                 for each in (own, *rivals)
             }
+        reading_share = None
+        if self.reading is not None:
+            share = self.inputs.bytes_read / self.reading.amount
+            reading_share = _ratio(self.contenders[READING].seconds, own.seconds) * share
         time_of_plain = None
         if PLAIN in self.contenders:
             time_of_plain = _ratio(own.seconds, self.contenders[PLAIN].seconds)
@@ -260,12 +273,15 @@ class Measurement:
             "cores": statistics.median(peak.cores),
             "fma_peak": self.peak.amount / peak.median,
             "peak_share": peak_share,
+            "reading_share": reading_share,
             "speed_over": speed_over,
             "best_peer": best.name,
             "time_of_plain": time_of_plain,
             "errors": self.errors,
             "left_out": self.left_out,
-            "goals": self._goals(speed_over, speed_over[best.name], peak_share, time_of_plain),
+            "goals": self._goals(
+                speed_over, speed_over[best.name], peak_share, reading_share, time_of_plain
+            ),
         }
 
     def _enter_providers(self) -> None:
@@ -302,6 +318,7 @@ class Measurement:
         speed_over: dict[str, float],
         over_best: float,
         peak_share: dict[str, float],
+        reading_share: float | None,
         time_of_plain: float | None,
     ) -> list[dict[str, Any]]:
         goal = self.case.goal
@@ -312,6 +329,7 @@ class Measurement:
             ("over PyTorch", goal.torch or 1.0, torch, True),
             ("over the best peer", goal.peer, over_best, True),
             ("of fma_peak", goal.peak, peak_share.get(FASTATTN.name), True),
+            ("of read_bandwidth", goal.reading, reading_share, True),
             ("time of the plain case", goal.plain, time_of_plain, False),
         ]
         return [

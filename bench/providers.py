@@ -82,6 +82,11 @@ def prepare_fastattn(inputs: Inputs) -> Prepared:
     if inputs.case.causal:
         keywords["causal"] = True
     query, key, value = inputs.query, inputs.key, inputs.value
+    if inputs.case.dtype == "int8":
+        batch, num_kv_heads, seqlen_kv, head_dim = key.shape
+        cache = fastattn.KVCache(batch, num_kv_heads, head_dim, seqlen_kv, dtype=np.int8)
+        cache.append(key, value)
+        return Prepared(lambda: cache.attend(query, **keywords))
     return Prepared(lambda: fastattn.attention(query, key, value, **keywords))
 
 
@@ -251,10 +256,15 @@ def _onnxruntime_call(
         providers=["CPUExecutionProvider"],
     )
     binding = session.io_binding()
-    for name, each in feeds.items():
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(each))
+    values = {name: ort.OrtValue.ortvalue_from_numpy(each) for name, each in feeds.items()}
+    for name, each in values.items():
+        binding.bind_ortvalue_input(name, each)
     for name in outputs:
-        binding.bind_output(name)
+        past = {"present_key": "input_3", "present_value": "input_4"}.get(name)
+        if past in values:
+            binding.bind_ortvalue_output(name, values[past])
+        else:
+            binding.bind_output(name)
 
     def to_numpy(_: Any) -> np.ndarray:
         out = np.asarray(binding.copy_outputs_to_cpu()[0])
@@ -275,6 +285,8 @@ def prepare_onnxruntime(inputs: Inputs) -> Prepared:
     _, num_kv_heads, seqlen_kv, _ = case.key_shape
     flat: list[np.ndarray | None]
     flat = [_heads_last(each) for each in (inputs.query, inputs.key, inputs.value)]
+    if case.has_groups and seqlen_q == 1:
+        return _prepare_onnxruntime_decode(inputs)
     if case.has_groups:
         if not case.causal:
             raise UnsupportedError("has grouped heads in causal attention only")
@@ -298,6 +310,27 @@ def prepare_onnxruntime(inputs: Inputs) -> Prepared:
         [*flat, None, None, attention_bias],
         num_heads=num_heads,
         unidirectional=int(case.causal),
+    )
+
+
+def _prepare_onnxruntime_decode(inputs: Inputs) -> Prepared:
+    """Prepare `GroupQueryAttention` with a cache that holds all keys but the last.
+
+    The cache is both input and output, as generation has it: nothing is copied but the last key.
+    """
+    case = inputs.case
+    batch, _, seqlen_kv, _ = case.key_shape
+    last = [_heads_last(each[:, :, -1:]) for each in (inputs.key, inputs.value)]
+    return _onnxruntime_call(
+        inputs,
+        "GroupQueryAttention",
+        [
+            *(_heads_last(inputs.query), *last, inputs.key, inputs.value),
+            np.full(batch, seqlen_kv - 1, np.int32),
+            np.array([seqlen_kv], np.int32),
+        ],
+        num_heads=case.shape[1],
+        kv_num_heads=case.key_shape[1],
     )
 
 

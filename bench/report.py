@@ -68,7 +68,7 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def _speed_table(rows: Iterable[Row]) -> list[str]:
-    head = ["", "case", "time", "+-", "GFLOP/s", "of peak", *RIVALS, "of plain"]
+    head = ["", "case", "time", "+-", "GFLOP/s", "of peak", "of reading", *RIVALS, "of plain"]
     lines = []
     for row in rows:
         own = row["seconds"][FASTATTN.name]
@@ -81,6 +81,7 @@ def _speed_table(rows: Iterable[Row]) -> list[str]:
                 _percent(row["spread"][FASTATTN.name]),
                 "" if row["is_small"] else f"{row['flops'] / own / 1e9:.0f}",
                 _percent(row["peak_share"].get(FASTATTN.name)),
+                _percent(row.get("reading_share")),
                 *(_ratio(row["speed_over"].get(each)) + star.get(each, " ") for each in RIVALS),
                 _ratio(row["time_of_plain"]),
             ]

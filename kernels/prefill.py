@@ -51,6 +51,7 @@ from .simd import (
     on,
     pointer,
     prefetch,
+    prefetch_to_write,
     take_ticket,
 )
 from .softmax import online_softmax
@@ -262,6 +263,19 @@ def prefill(element: types.Float) -> int:
         return most, min(most, rest)
 
     @glue
+    def fetch_output(problem, item, count, key, last_key, places):
+        """As many of a tile's rows of the output as is this block's share of the keys.
+
+        Waiting for them at the end would take 3% of the time at 1024 keys.
+        """
+        out = problem.out
+        end = min(key + BLOCK_KV, last_key + 1)
+        for x in range(count * key // (last_key + 1), count * end // (last_key + 1)):
+            row = row_at(out, item.out, places.heads[x], places.rows[x])
+            for n in range(0, problem.head_dim_v * out.step, _LINE):
+                prefetch_to_write(on(row, n))
+
+    @glue
     def attend_rows(problem, item, row, rows, scratch):
         """One work item: so many rows of one kv head against all keys that they see."""
         count = (rows + most - 1) // most
@@ -299,6 +313,7 @@ def prefill(element: types.Float) -> int:
                 tile = query_tile(scratch, t)
                 if tile.sees[0] != NOTHING:
                     queries, n = tile_shape(t, rows)
+                    fetch_output(problem, item, n, key, last_key, tile.places)
                     seen = min(keys, tile.places.extent[3] + 1 - key)
                     block = (key, seen, k, k_step, v, v_step, strange)
                     attend_block(problem, item, queries, n, *block, tile, scratch)

@@ -232,22 +232,47 @@ def on(typingctx, pointer, count):
     return pointer(pointer, types.intp), codegen
 
 
+def _prefetch(builder: ir.IRBuilder, pointer: ir.Value, write: bool = False) -> None:
+    """Ask for the cache line of an address, which need not exist, in every level."""
+    byte = _i8.as_pointer()
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [byte, _i32, _i32, _i32]),
+        "llvm.prefetch.p0",
+    )
+    all_levels, data = _i32(3), _i32(1)
+    builder.call(function, [builder.bitcast(pointer, byte), _i32(int(write)), all_levels, data])
+
+
 @intrinsic
-def prefetch_rows(typingctx, like, base, row_step):
-    """Ask for the cache line at each row of ``like``, ``row_step`` bytes apart; never faults."""
+def prefetch(typingctx, pointer):
+    """Ask for the cache line of an address, which need not exist."""
 
     def codegen(context, builder, sig, args):
-        byte = _i8.as_pointer()
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [byte, _i32, _i32, _i32]),
-            "llvm.prefetch.p0",
-        )
-        start = builder.bitcast(args[1], byte)
+        _prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
+@intrinsic
+def prefetch_to_write(typingctx, pointer):
+    """Ask for the cache line of an address that will be written."""
+
+    def codegen(context, builder, sig, args):
+        _prefetch(builder, args[0], write=True)
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
+@intrinsic
+def prefetch_rows(typingctx, like, base, row_step):
+    """Ask for the cache line at each row of ``like``, ``row_step`` bytes apart."""
+
+    def codegen(context, builder, sig, args):
         for row in range(like.rows):
-            at = builder.gep(start, [builder.mul(args[2], _i64(row))])
-            # To read, into every level, as data.
-            builder.call(function, [at, _i32(0), _i32(3), _i32(1)])
+            _prefetch(builder, _bytes_on(builder, args[1], builder.mul(args[2], _i64(row))))
         return context.get_dummy_value()
 
     return types.void(like, base, types.intp), codegen
@@ -268,24 +293,6 @@ def bytes_on(typingctx, pointer, count):
         return _bytes_on(builder, *args)
 
     return pointer(pointer, types.intp), codegen
-
-
-@intrinsic
-def prefetch(typingctx, pointer):
-    """Ask for the cache line of an address, which need not exist."""
-
-    def codegen(context, builder, sig, args):
-        at = builder.bitcast(args[0], _i8.as_pointer())
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [at.type, _i32, _i32, _i32]),
-            "llvm.prefetch.p0",
-        )
-        # For reading, to be kept in all caches, data.
-        builder.call(function, [at, _i32(0), _i32(2), _i32(1)])
-        return context.get_dummy_value()
-
-    return types.void(pointer), codegen
 
 
 # ---------------------------------------------------------------------------

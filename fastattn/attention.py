@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
+from fastattn.masks import BlockMask, MaskMod
 from fastattn.problem import (
     STAGES,
     as_array,
@@ -21,7 +22,10 @@ from fastattn.run import run
 
 Array = NDArray[Any]
 Causal = bool | Literal["bottom_right", "top_left"]
+Window = tuple[int | None, int | None]
+ScoreMod = Callable[..., Any]
 Layout = Literal["bhld", "blhd"]
+Precision = Literal["highest", "bf16"]
 Stage = Literal["scores", "softcapped", "biased", "probabilities"]
 
 
@@ -34,10 +38,18 @@ def attention(
     mask: ArrayLike | None = ...,
     bias: ArrayLike | None = ...,
     causal: Causal = ...,
+    window: Window | None = ...,
     query_offset: ArrayLike | None = ...,
     kv_lengths: ArrayLike | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
     scale: float | None = ...,
+    score_mod: ScoreMod | None = ...,
+    mask_mod: MaskMod | None = ...,
+    block_mask: BlockMask | None = ...,
     layout: Layout = ...,
+    precision: Precision = ...,
     return_lse: Literal[False] = ...,
     out: Array | None = ...,
 ) -> Array: ...
@@ -52,10 +64,18 @@ def attention(
     mask: ArrayLike | None = ...,
     bias: ArrayLike | None = ...,
     causal: Causal = ...,
+    window: Window | None = ...,
     query_offset: ArrayLike | None = ...,
     kv_lengths: ArrayLike | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
     scale: float | None = ...,
+    score_mod: ScoreMod | None = ...,
+    mask_mod: MaskMod | None = ...,
+    block_mask: BlockMask | None = ...,
     layout: Layout = ...,
+    precision: Precision = ...,
     return_lse: Literal[True],
     out: Array | None = ...,
 ) -> tuple[Array, Array]: ...
@@ -69,10 +89,18 @@ def attention(
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     causal: Causal = False,
+    window: Window | None = None,
     query_offset: ArrayLike | None = None,
     kv_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    block_mask: BlockMask | None = None,
     layout: Layout = "bhld",
+    precision: Precision = "highest",
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -181,10 +209,18 @@ def attention(
         mask=mask,
         bias=bias,
         causal=causal,
+        window=window,
         query_offset=query_offset,
         kv_lengths=kv_lengths,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         scale=scale,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        block_mask=block_mask,
         layout=layout,
+        precision=precision,
         return_lse=return_lse,
         out=out,
     )
@@ -276,12 +312,7 @@ def scaled_dot_product_attention(
         mask=mask,
         bias=bias,
         causal="top_left" if is_causal else False,
-        query_offset=None,
-        kv_lengths=None,
         scale=scale,
-        layout="bhld",
-        return_lse=False,
-        out=None,
         mask_name="attn_mask",
         bias_name="attn_mask",
     )
@@ -315,10 +346,18 @@ def attention_weights(
     mask: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     causal: Causal = False,
+    window: Window | None = None,
     query_offset: ArrayLike | None = None,
     kv_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    block_mask: BlockMask | None = None,
     layout: Layout = "bhld",
+    precision: Precision = "highest",
 ) -> Array:
     """Return the attention of every query to every key: the heat map, on purpose.
 
@@ -369,10 +408,18 @@ def attention_weights(
         mask=mask,
         bias=bias,
         causal=causal,
+        window=window,
         query_offset=query_offset,
         kv_lengths=kv_lengths,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         scale=scale,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        block_mask=block_mask,
         layout=layout,
+        precision=precision,
         rows=rows,
     )
     return reference.attention_weights(
@@ -383,10 +430,18 @@ def attention_weights(
         mask=mask,
         bias=bias,
         causal=causal,
+        window=window,
         query_offset=query_offset,
         kv_lengths=kv_lengths,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         scale=scale,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        block_mask=block_mask,
         layout=layout,
+        precision=precision,
     )
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import runtime
+from fastattn.arguments import check_int
 from fastattn.kernels.record import BLOCKS, HIDDEN
-from fastattn.problem import check_block_size, check_int, check_mod, check_per_row, check_window
+from fastattn.problem import as_array, check_mod, check_window
 
 Array = NDArray[Any]
 MaskMod = Callable[..., bool]
@@ -156,7 +157,7 @@ def create_block_mask(
     custom = check_mod("mask_mod", mask_mod)
     sizes = (("B", B), ("Hq", Hq), ("Lq", Lq), ("Lk", Lk))
     batch, heads, seqlen_q, seqlen_kv = (check_int(name, size, 0) for name, size in sizes)
-    block_q, block_kv = check_block_size(block_size)
+    block_q, block_kv = _check_block_size(block_size)
     states = np.empty((batch, heads, -(-seqlen_q // block_q), -(-seqlen_kv // block_kv)), np.int8)
     record = np.zeros(1, BLOCKS)
     fields = record[0]
@@ -233,8 +234,8 @@ def document(segments: ArrayLike, kv_segments: ArrayLike | None = None) -> MaskM
     >>> [bool(mask_mod(0, 0, 1, j)) for j in range(5)]
     [True, True, False, False, False]
     """
-    ids = check_per_row("segments", segments)
-    kv_ids = ids if kv_segments is None else check_per_row("kv_segments", kv_segments)
+    ids = _per_row("segments", segments)
+    kv_ids = ids if kv_segments is None else _per_row("kv_segments", kv_segments)
     return partial(_in_document, ids, kv_ids)
 
 
@@ -263,7 +264,7 @@ def prefix_lm(prefix: ArrayLike, offset: int = 0) -> MaskMod:
     >>> [bool(mask_mod(0, 0, 0, j)) for j in range(4)]
     [True, True, False, False]
     """
-    lengths = check_per_row("prefix", np.atleast_1d(prefix))[0]
+    lengths = _per_row("prefix", np.atleast_1d(prefix))[0]
     return partial(_in_prefix, lengths, check_int("offset", offset))
 
 
@@ -319,3 +320,26 @@ def _either(first: MaskMod, second: MaskMod) -> MaskMod:
 def _parts(mask_mod: Any) -> tuple[Any, tuple[Any, ...]]:
     """Return what a mask_mod calls, and the arguments that functools.partial holds for it."""
     return (mask_mod.func, mask_mod.args) if isinstance(mask_mod, partial) else (mask_mod, ())
+
+
+# ---------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------
+
+
+def _check_block_size(block_size: Any) -> tuple[int, int]:
+    sizes = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+    if len(sizes) != 2:
+        raise ValueError(f"block_size must be an int or a pair of ints: got {block_size!r}")
+    block_q, block_kv = (check_int("block_size", size, 1) for size in sizes)
+    return block_q, block_kv
+
+
+def _per_row(name: str, numbers: ArrayLike) -> Array:
+    """Return ints of shape (length,) or (batch, length) as (batch or 1, length) int64."""
+    x = as_array(name, numbers)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be ints: got {x.dtype}")
+    if x.ndim not in (1, 2):
+        raise ValueError(f"{name} must have 1 or 2 dimensions: got shape {x.shape}")
+    return np.atleast_2d(np.ascontiguousarray(x, np.int64))

@@ -39,6 +39,7 @@ _SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 _BITS = np.dtype(np.uint16)
 _FLOATS = "float16, float32, float64 or bfloat16"
 _NAMES = ("query", "key", "value")
+PRECISIONS = ("highest", "bf16")
 
 
 @lru_cache(maxsize=64)
@@ -110,19 +111,29 @@ def check(
     key: ArrayLike,
     value: ArrayLike,
     *,
-    mask: ArrayLike | None,
-    bias: ArrayLike | None,
-    causal: bool | str,
-    query_offset: ArrayLike | None,
-    kv_lengths: ArrayLike | None,
-    scale: float | None,
-    layout: str,
-    return_lse: bool,
-    out: Array | None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    causal: bool | str = False,
+    window: Any = None,
+    query_offset: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    scale: float | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    block_mask: Any = None,
+    layout: str = "bhld",
+    precision: str = "highest",
+    return_lse: bool = False,
+    out: Array | None = None,
     mask_name: str = "mask",
     bias_name: str = "bias",
 ) -> Problem:
     """Check a call of `attention` against the contract and put it into a kernel's terms."""
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be "highest" or "bf16": got {precision!r}')
     q, k, v = inputs = as_array("query", query), as_array("key", key), as_array("value", value)
     dtype = q.dtype
     form = _NATIVE.get(dtype)
@@ -142,8 +153,30 @@ def check(
     if kv_lengths is not None:
         length = per_batch("kv_lengths", kv_lengths, batch_shape)
         check_range("kv_lengths", length, 0, frame.seqlen_kv)
-    position, right = check_positions(causal, query_offset, length, frame)
-    number = check_scale(scale, frame.head_dim)
+    bounds = check_bounds(causal, window)
+    stands = window is not None or alibi_slopes is not None
+    position = check_position(
+        causal, query_offset, length, frame.seqlen_q, batch_shape, stands=stands
+    )
+    cap = 0.0 if softcap is None else check_softcap(softcap, form.accumulation)
+    scaling = check_scale(scale, frame.head_dim), cap
+    terms = None
+    if not (
+        alibi_slopes is None
+        and sinks is None
+        and score_mod is None
+        and mask_mod is None
+        and block_mask is None
+    ):
+        terms = check_terms(
+            frame,
+            form,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            block_mask=block_mask,
+        )
 
     if out is None:
         result = np.empty(frame.result, dtype)
@@ -171,13 +204,14 @@ def check(
         masks is None
         and biases is None
         and offsets is None
+        and terms is None
         and isinstance(length, int)
         and isinstance(position, int)
     ):
-        record = _plain_record(frame, form.storage, length, position, right, number)
+        record = _plain_record(frame, form.storage, length, position, bounds, scaling)
     else:
-        owners = (masks, biases, offsets, length, position)
-        record = _plain_record(frame, form.storage, 0, 0, right, number).copy()
+        owners = (masks, biases, offsets, length, position, terms)
+        record = _plain_record(frame, form.storage, 0, 0, bounds, scaling).copy()
         fields = record.view(PROBLEM)[0]
         if masks is not None:
             fields["mask"] = _operand(masks, BOOL)
@@ -187,6 +221,8 @@ def check(
         _set_numbers(fields, "position", position)
         if offsets is not None:
             fields["offsets"] = offsets.ctypes.data
+        if terms is not None:
+            terms.describe(fields)
     return Problem(q, k, v, o, lse, record, form, frame, result, result_lse, owners)
 
 
@@ -219,7 +255,12 @@ def _frame(q: Shape, k: Shape, v: Shape, layout: str, one_head: bool) -> Frame:
 
 @lru_cache(maxsize=1024)
 def _plain_record(
-    frame: Frame, storage: int, length: int, position: int, right: int, scale: float
+    frame: Frame,
+    storage: int,
+    length: int,
+    position: int,
+    bounds: tuple[int, int],
+    scaling: tuple[float, float],
 ) -> Array:
     """Return the record of a call without arrays of its own, as integers and read-only."""
     record = np.zeros(1, PROBLEM)
@@ -233,9 +274,11 @@ def _plain_record(
         fields[name] = getattr(frame, name)
     fields["length"] = length
     fields["position"] = position
-    fields["left"] = UNBOUNDED
-    fields["right"] = right
-    fields["scale"] = scale
+    fields["left"], fields["right"] = bounds
+    scale, softcap = scaling
+    # tanh takes the score over the softcap: one factor, one rounding.
+    fields["scale"] = scale / softcap if softcap else scale
+    fields["softcap"] = softcap
     record.flags.writeable = False
     return record.view(np.int64)
 
@@ -455,10 +498,8 @@ def check_range(name: str, numbers: int | Array, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie between {low} and {high}: got {least} to {most}")
 
 
-def check_positions(
-    causal: bool | str, query_offset: ArrayLike | None, length: int | Array, frame: Frame
-) -> tuple[int | Array, int]:
-    """Return the position of query 0 in each batch entry, and how far right a query sees."""
+def check_bounds(causal: bool | str, window: Any) -> tuple[int, int]:
+    """Return how far left and right of its position a query sees."""
     if isinstance(causal, str):
         if causal not in ("bottom_right", "top_left"):
             raise ValueError(f'causal must be a bool, "bottom_right" or "top_left": got {causal!r}')
@@ -467,13 +508,51 @@ def check_positions(
             'causal must be a bool, "bottom_right" or "top_left": '
             f"got {causal!r} of type {type(causal).__name__}"
         )
-    position: int | Array = 0
+    left, right = (UNBOUNDED, UNBOUNDED) if window is None else check_window(window)
+    return left, 0 if causal else right
+
+
+def check_window(window: Any) -> tuple[int, int]:
+    """Return how far left and right of its position a query sees in a window."""
+    if not isinstance(window, Sequence | np.ndarray) or isinstance(window, str | bytes):
+        raise TypeError(f"window must be a pair (left, right): got {window!r}")
+    if len(window) != 2:
+        raise ValueError(f"window must be a pair (left, right): got {window!r}")
+    left, right = (_window_bound(bound) for bound in window)
+    return left, right
+
+
+def _window_bound(bound: Any) -> int:
+    if bound is None:
+        return UNBOUNDED
+    if isinstance(bound, bool | np.bool_) or not isinstance(
+        bound, int | float | np.integer | np.floating
+    ):
+        raise TypeError(f"window must be ints, or None where it has no bound: got {bound!r}")
+    if not bound >= 0 or bound % 1 != 0:
+        raise ValueError(
+            f"window must be whole numbers from 0, or None where it has no bound: got {bound}"
+        )
+    return min(int(bound), UNBOUNDED)
+
+
+def check_position(
+    causal: bool | str,
+    query_offset: ArrayLike | None,
+    length: int | Array,
+    seqlen_q: int | Array,
+    batch_shape: Shape,
+    *,
+    stands: bool,
+) -> int | Array:
+    """Return the position of query 0 in each batch entry; 0 where nothing `stands` anywhere."""
     if query_offset is not None:
-        position = per_batch("query_offset", query_offset, frame.batch_shape)
+        position = per_batch("query_offset", query_offset, batch_shape)
         check_range("query_offset", position, -UNBOUNDED, UNBOUNDED)
-    elif causal and causal != "top_left":
-        position = length - frame.seqlen_q
-    return position, 0 if causal else UNBOUNDED
+        return position
+    if causal == "top_left" or not (causal or stands):
+        return 0
+    return length - seqlen_q
 
 
 def check_scale(scale: Any, head_dim: int) -> float:
@@ -497,40 +576,6 @@ def _real(name: str, value: Any, other: str = "") -> float:
         raise TypeError(f"{name} must be a real number{other}: got {value!r}") from None
 
 
-def check_int(name: str, number: Any, least: int | None = None) -> int:
-    """Return an int, which may have a bound."""
-    if isinstance(number, bool) or not isinstance(number, int | np.integer):
-        raise TypeError(f"{name} must be an int: got {number!r}")
-    if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}: got {number}")
-    return int(number)
-
-
-def check_window(window: Any) -> tuple[int, int]:
-    """Return how far left and right of its position a query sees."""
-    try:
-        left, right = window
-    except TypeError:
-        raise TypeError(f"window must be a pair (left, right): got {window!r}") from None
-    except ValueError:
-        raise ValueError(f"window must be a pair (left, right): got {window!r}") from None
-    return _window_bound(left), _window_bound(right)
-
-
-def _window_bound(bound: Any) -> int:
-    if bound is None:
-        return UNBOUNDED
-    if isinstance(bound, float | np.floating):
-        raise ValueError(f"window must have whole numbers, or None for no bound: got {bound}")
-    if isinstance(bound, bool) or not isinstance(bound, int | np.integer):
-        raise TypeError(f"window must have ints, or None for no bound: got {bound!r}")
-    if bound < 0:
-        raise ValueError(
-            f"window must have bounds of at least 0, or None for no bound: got {bound}"
-        )
-    return min(int(bound), UNBOUNDED)
-
-
 def check_softcap(softcap: Any, accumulation: np.dtype[Any]) -> float:
     """Return the softcap as a float."""
     number = _real("softcap", softcap)
@@ -539,44 +584,159 @@ def check_softcap(softcap: Any, accumulation: np.dtype[Any]) -> float:
     return number
 
 
-def check_per_row(name: str, numbers: ArrayLike) -> Array:
-    """Return ints of shape (seqlen,) or (batch, seqlen) as (batch or 1, seqlen) int64."""
+# ---------------------------------------------------------------------------
+# What happens to scores
+# ---------------------------------------------------------------------------
+
+
+class Terms(NamedTuple):
+    """What a call gives beside masks and biases, each None where it does not."""
+
+    slopes: Array | None  # (batch or 1, num_heads) in the accumulation type
+    sinks: Array | None  # (num_heads,)
+    score_mod: Any  # `kernels.custom.Custom`
+    mask_mod: Any
+    block_mask: Any  # a BlockMask, and its mask_mod for kernels
+    block_mod: Any
+
+    def describe(self, fields: Any) -> None:
+        """Fill a record: addresses of arrays that live as long as this does."""
+        if self.slopes is not None:
+            fields["slopes"] = self.slopes.ctypes.data
+            fields["slopes_step"] = self.slopes.shape[1] if self.slopes.shape[0] > 1 else 0
+        if self.sinks is not None:
+            fields["sinks"] = self.sinks.ctypes.data
+        if self.score_mod is not None:
+            fields["score_mod"] = _custom(self.score_mod)
+        if self.mask_mod is not None:
+            fields["mask_mod"] = _custom(self.mask_mod)
+        if self.block_mask is not None:
+            states = self.block_mask.states
+            steps = [0 if n == 1 else s for n, s in zip(states.shape, states.strides, strict=True)]
+            size = self.block_mask.block_size
+            row_step = states.strides[2]
+            mod = _custom(self.block_mod)
+            fields["blocks"] = (states.ctypes.data, *steps[:2], row_step, *size, mod)
+
+
+def _custom(custom: Any) -> tuple[int, int]:
+    return custom.address, custom.frozen.ctypes.data
+
+
+def check_terms(
+    frame: Frame,
+    form: Format,
+    *,
+    alibi_slopes: ArrayLike | None,
+    sinks: ArrayLike | None,
+    score_mod: Any,
+    mask_mod: Any,
+    block_mask: Any,
+) -> Terms:
+    """Check everything that happens to scores but masks and biases."""
+    accumulation = form.accumulation
+    return Terms(
+        None if alibi_slopes is None else check_slopes(alibi_slopes, frame, accumulation),
+        None if sinks is None else check_sinks(sinks, frame, accumulation),
+        None if score_mod is None else check_mod("score_mod", score_mod, accumulation),
+        None if mask_mod is None else check_mod("mask_mod", mask_mod),
+        None if block_mask is None else check_block_mask(block_mask, frame),
+        None if block_mask is None else check_mod("block_mask.mask_mod", block_mask.mask_mod),
+    )
+
+
+def check_slopes(slopes: ArrayLike, frame: Frame, accumulation: np.dtype[Any]) -> Array:
+    """Return the slopes of ALiBi as (batch or 1, num_heads)."""
+    x = _per_head("alibi_slopes", slopes, accumulation)
+    shape = (*frame.batch_shape, frame.num_heads)
+    if x.shape[-1:] != shape[-1:]:
+        raise ValueError(
+            f"alibi_slopes must have shape ({frame.num_heads},) or {shape}: got shape {x.shape}"
+        )
+    if not np.isfinite(x).all():
+        raise ValueError(f"alibi_slopes must be finite: got {x}")
+    if x.ndim == 1:
+        return x[None]
+    try:
+        x = np.broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(
+            f"alibi_slopes must have shape ({frame.num_heads},) or {shape}: got shape {x.shape}"
+        ) from None
+    return np.ascontiguousarray(x.reshape(frame.batch, frame.num_heads))
+
+
+def check_sinks(sinks: ArrayLike, frame: Frame, accumulation: np.dtype[Any]) -> Array:
+    """Return the sinks as (num_heads,); -inf is none."""
+    x = _per_head("sinks", sinks, accumulation)
+    if x.shape != (frame.num_heads,):
+        raise ValueError(f"sinks must have shape ({frame.num_heads},): got shape {x.shape}")
+    if not (x < math.inf).all():
+        raise ValueError(f"sinks must be finite or -inf: got {x}")
+    return x
+
+
+def _per_head(name: str, numbers: ArrayLike, accumulation: np.dtype[Any]) -> Array:
+    """Return a copy in the accumulation type."""
     x = as_array(name, numbers)
-    if x.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be ints: got {x.dtype}")
-    if x.ndim not in (1, 2):
-        raise ValueError(f"{name} must have 1 or 2 dimensions: got shape {x.shape}")
-    return np.atleast_2d(np.ascontiguousarray(x, np.int64))
+    if x.dtype.kind not in "iu" and not is_float(x.dtype):
+        raise TypeError(f"{name} must be {_FLOATS} or integer: got {x.dtype}")
+    with np.errstate(over="ignore"):
+        return np.array(x, accumulation, order="C")
 
 
-# ---------------------------------------------------------------------------
-# Functions of the caller's
-# ---------------------------------------------------------------------------
+def check_block_mask(block_mask: Any, frame: Frame) -> Any:
+    """Return a BlockMask of the shape of the scores, or with 1 batch entry or head for all."""
+    from fastattn.masks import BlockMask
+
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            "block_mask must be a BlockMask from create_block_mask: "
+            f"got {type(block_mask).__name__}"
+        )
+    batch, heads, *lengths = block_mask.shape
+    if (
+        batch not in (1, frame.batch)
+        or heads not in (1, frame.num_heads)
+        or lengths != [frame.seqlen_q, frame.seqlen_kv]
+    ):
+        raise ValueError(
+            f"block_mask must have shape ({frame.batch} or 1, {frame.num_heads} or 1, "
+            f"{frame.seqlen_q}, {frame.seqlen_kv}): got {block_mask.shape}"
+        )
+    return block_mask
+
 
 _ARGUMENTS = ("score", "b", "h", "i", "j")
 
 
-@lru_cache(maxsize=256)
 def check_mod(name: str, function: Any, accumulation: np.dtype[Any] | None = None) -> Any:
     """Return a mask_mod, or a score_mod for scores of a type, compiled for kernels."""
-    expected = ", ".join(_ARGUMENTS[accumulation is None :])
-    called = function.func if isinstance(function, partial) else function
-    called = getattr(called, "py_func", called)
-    if not isinstance(called, FunctionType):
+    if not callable(function):
+        expected = ", ".join(_ARGUMENTS[accumulation is None :])
+        raise TypeError(f"{name} must be a function of ({expected}): got {function!r}")
+    return _compiled_mod(name, function, accumulation)
+
+
+@lru_cache(maxsize=256)
+def _compiled_mod(name: str, function: Any, accumulation: np.dtype[Any] | None) -> Any:
+    """Check and compile a function of the caller's, once."""
+    expected = _ARGUMENTS[accumulation is None :]
+    held = function if isinstance(function, partial) else partial(function)
+    called = getattr(held.func, "py_func", held.func)
+    if not isinstance(called, FunctionType) or held.keywords:
         raise TypeError(
-            f"{name} must be a function of ({expected}), plain or jitted by Numba: got {function!r}"
+            f"{name} must be a Python function, or one jitted by Numba, of which functools.partial "
+            f"may hold the first arguments: got {function!r}"
         )
-    if isinstance(function, partial) and function.keywords:
-        raise TypeError(f"{name} must hold no keyword in functools.partial: got {function!r}")
-    place = (
-        f"{called.__qualname__} ({called.__code__.co_filename}:{called.__code__.co_firstlineno})"
-    )
-    held = function.args if isinstance(function, partial) else ()
+    code = called.__code__
+    place = f"{called.__qualname__} in {code.co_filename}, line {code.co_firstlineno}"
     try:
-        signature(called).bind(*held, *expected.split(", "))
+        signature(called).bind(*held.args, *expected)
     except TypeError:
         raise TypeError(
-            f"{name} must take the arguments ({expected}): got {place} with {signature(called)}"
+            f"{name} must take the arguments ({', '.join(expected)}): "
+            f"got {place}, which takes {signature(called)}"
         ) from None
 
     from fastattn.kernels import custom
@@ -589,15 +749,6 @@ def check_mod(name: str, function: Any, accumulation: np.dtype[Any] | None = Non
         raise TypeError(f"{name} must compile with Numba: got {place}: {error}") from error
 
 
-def check_block_size(block_size: Any) -> tuple[int, int]:
-    """Return the queries and keys of one block."""
-    sizes = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
-    if len(sizes) != 2:
-        raise ValueError(f"block_size must be an int or a pair of ints: got {block_size!r}")
-    block_q, block_kv = (check_int("block_size", size, 1) for size in sizes)
-    return block_q, block_kv
-
-
 # ---------------------------------------------------------------------------
 # The other functions
 # ---------------------------------------------------------------------------
@@ -605,36 +756,11 @@ def check_block_size(block_size: Any) -> tuple[int, int]:
 STAGES = ("scores", "softcapped", "biased", "probabilities")
 
 
-def check_weights(
-    query: ArrayLike,
-    key: ArrayLike,
-    *,
-    mask: ArrayLike | None,
-    bias: ArrayLike | None,
-    causal: bool | str,
-    query_offset: ArrayLike | None,
-    kv_lengths: ArrayLike | None,
-    scale: float | None,
-    layout: str,
-    rows: Any,
-) -> None:
+def check_weights(query: ArrayLike, key: ArrayLike, *, rows: Any, **keywords: Any) -> None:
     """Check a call of `attention_weights`: one of `attention` without values, and the rows."""
     q, k = as_array("query", query), as_array("key", key)
     common_format(("query", "key"), (q, k))
-    problem = check(
-        q,
-        k,
-        k,
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        query_offset=query_offset,
-        kv_lengths=kv_lengths,
-        scale=scale,
-        layout=layout,
-        return_lse=False,
-        out=None,
-    )
+    problem = check(q, k, k, **keywords)
     if rows is None:
         return
     if isinstance(rows, slice):

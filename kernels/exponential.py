@@ -35,6 +35,17 @@ class Exponential(NamedTuple):
     table_coefficients: tuple[float, ...]  # of (exp(f) - 1) / f, with a table
 
 
+def lowest_power(element: str) -> int:
+    """Return the power of two below which the exponential is 0.
+
+    So far above the smallest normal number that products with it are normal too: a CPU takes a
+    hundred times as long for one that is not. Beside the largest weight of a softmax, which is 1,
+    nothing is lost.
+    """
+    constants = EXPONENTIALS[element]
+    return 2 + constants.mantissa_bits - constants.exponent_bias
+
+
 EXPONENTIALS: dict[str, Exponential] = {
     "float32": Exponential(
         23,

@@ -28,7 +28,7 @@ from numba.extending import intrinsic as _intrinsic
 from numba.extending import models, register_model
 from numba.np.numpy_support import from_dtype
 
-from .exponential import EXPONENTIALS
+from .exponential import EXPONENTIALS, lowest_power
 from .host import HOST
 
 intrinsic = _intrinsic(prefer_literal=True)
@@ -602,7 +602,7 @@ def any_nan(typingctx, row):
 
 @intrinsic
 def exp(typingctx, x):
-    """``exp(x)`` for ``x <= 0``, 0 below the range of normal numbers; NaN stays NaN."""
+    """``exp(x)`` for ``x <= 0``, 0 below ``2**lowest_power``; NaN stays NaN."""
     emit = _exp_by_table if HOST.looks_up else _exp_by_polynomial
 
     def codegen(context, builder, sig, args):
@@ -661,8 +661,9 @@ def _exp_by_polynomial(builder: ir.IRBuilder, tile: Tile, xs: list[ir.Value]) ->
     constants = EXPONENTIALS[str(tile.element)]
     vector = tile.vector
     # Here the power of two below is +0: from there on everything underflows to zero, -inf too.
-    floor = _constant(vector, -constants.exponent_bias * math.log(2))
-    xs = [_emit_maximum(builder, floor, each) for each in xs]
+    bottom = _constant(vector, -constants.exponent_bias * math.log(2))
+    floor = _constant(vector, lowest_power(str(tile.element)) * math.log(2))
+    xs = [builder.select(builder.fcmp_ordered("<", each, floor), bottom, each) for each in xs]
     # With the exponent's bias added, the integers shifted up are 2**n itself.
     exponents, fractions = _reduced(builder, tile, xs, 1, constants.exponent_bias)
     shift = _constant(_integers(vector), constants.mantissa_bits)
@@ -699,10 +700,10 @@ def _exp_by_table(builder: ir.IRBuilder, tile: Tile, xs: list[ir.Value]) -> list
     factors = _polynomial(builder, fractions, constants.table_coefficients)
     excess = [builder.fmul(*each) for each in zip(factors, fractions, strict=True)]
     results = _multiply_add(builder, scales, excess, scales)
-    floor = _constant(vector, (1 - constants.exponent_bias) * math.log(2))
+    floor = _constant(vector, lowest_power(str(tile.element)) * math.log(2))
     nothing = _constant(vector, 0.0)
     return [
-        # Everything below the normal numbers is zero; the comparison is true for NaN.
+        # The comparison is true for NaN.
         builder.select(builder.fcmp_unordered(">=", x, floor), result, nothing)
         for x, result in zip(xs, results, strict=True)
     ]

@@ -6,6 +6,7 @@ from fastattn.attention import (
     attention_weights,
     merge_states,
     scaled_dot_product_attention,
+    varlen_attention,
 )
 from fastattn.cache import KVCache
 from fastattn.layers import MultiHeadAttention
@@ -43,5 +44,6 @@ __all__ = [
     "set_num_threads",
     "show_versions",
     "sinusoidal_positions",
+    "varlen_attention",
     "warmup",
 ]

@@ -14,11 +14,12 @@ from fastattn.problem import (
     STAGES,
     as_array,
     check,
+    check_packed,
     check_states,
     check_weights,
     is_float,
 )
-from fastattn.run import run
+from fastattn.run import run, run_packed
 
 Array = NDArray[Any]
 Causal = bool | Literal["bottom_right", "top_left"]
@@ -335,6 +336,155 @@ def _broadcast_heads(*arrays: Array) -> list[Array]:
         )
     count = max(counts - {1})
     return [np.broadcast_to(x, (*x.shape[:-3], count, *x.shape[-2:])) for x in arrays]
+
+
+@overload
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike | None = ...,
+    *,
+    causal: Causal = ...,
+    window: Window | None = ...,
+    query_offset: ArrayLike | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
+    scale: float | None = ...,
+    score_mod: ScoreMod | None = ...,
+    mask_mod: MaskMod | None = ...,
+    return_lse: Literal[False] = ...,
+    out: Array | None = ...,
+) -> Array: ...
+
+
+@overload
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike | None = ...,
+    *,
+    causal: Causal = ...,
+    window: Window | None = ...,
+    query_offset: ArrayLike | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    sinks: ArrayLike | None = ...,
+    scale: float | None = ...,
+    score_mod: ScoreMod | None = ...,
+    mask_mod: MaskMod | None = ...,
+    return_lse: Literal[True],
+    out: Array | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike | None = None,
+    *,
+    causal: Causal = False,
+    window: Window | None = None,
+    query_offset: ArrayLike | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Return `attention` of each of several sequences by itself, which lie end to end in memory.
+
+    Parameters
+    ----------
+    query : array_like, (total_q, num_heads, head_dim)
+        The rows of all sequences, without padding between them.
+    key : array_like, (total_kv, num_kv_heads, head_dim)
+    value : array_like, (total_kv, num_kv_heads, head_dim_v)
+    cu_seqlens_q : ints of shape (sequences + 1,)
+        Sequence b is the rows from ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``: starts at 0,
+        never falls, ends at total_q. A sequence may be empty.
+    cu_seqlens_kv : ints of shape (sequences + 1,), optional
+        The same for key and value; that of the queries, if not given.
+    causal, window, query_offset, softcap, alibi_slopes, sinks, scale, score_mod, mask_mod
+        As in `attention`, where each sequence is a batch entry: `query_offset` is an int or of
+        shape (sequences,), `alibi_slopes` (num_heads,) or (sequences, num_heads). b of `score_mod`
+        and `mask_mod` is the sequence, i and j count from its start.
+    return_lse : bool
+        Also return the logarithm of the softmax's denominator.
+    out : ndarray, optional
+        Written and returned.
+
+    Returns
+    -------
+    output : ndarray, (total_q, num_heads, head_dim_v)
+        In ``np.result_type`` of query, key and value; float64 where that is an integer or bool.
+    lse : ndarray, (num_heads, total_q), only with `return_lse`
+        float32, float64 for float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention`; TypeError also for sequences that do not start at integers, ValueError where
+        those do not start at 0, fall, or end elsewhere than the rows.
+
+    Notes
+    -----
+    Work is shared between the threads by what each sequence sees, the most first, so that a long
+    one leaves no core idle. Bits do not depend on the sequences around.
+
+    See Also
+    --------
+    attention : the equation, and what each keyword means.
+
+    References
+    ----------
+    .. [1] Dao 2023, "FlashAttention-2", arXiv:2307.08691, whose flash_attn_varlen_func packs like
+       this
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 7, 2, 16), dtype=np.float32)
+    >>> output = fastattn.varlen_attention(query, key, value, [0, 4, 4, 7], causal=True)
+    >>> output.shape
+    (7, 2, 16)
+    >>> expected = fastattn.reference.varlen_attention(query, key, value, [0, 4, 4, 7], causal=True)
+    >>> bool(np.allclose(output, expected, atol=1e-6))
+    True
+    """
+    problem = check_packed(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_kv,
+        causal=causal,
+        window=window,
+        query_offset=query_offset,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        scale=scale,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        return_lse=return_lse,
+        out=out,
+    )
+    run_packed(problem)
+    if problem.result_lse is not None:
+        return problem.result, problem.result_lse
+    return problem.result
 
 
 def attention_weights(

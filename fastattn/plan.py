@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from fastattn.kernels.record import CHUNK
-from fastattn.problem import Frame
+from fastattn.problem import Array, Frame, Packed
 
 
 class Plan(NamedTuple):
@@ -63,3 +65,42 @@ def plan(frame: Frame, threads: int) -> Plan:
     tiles = -(-frame.batch * frame.num_heads * frame.seqlen_q // _TILE_QUERIES)
     per_item = tiles // (threads * _ITEMS_PER_WORKER)
     return Plan(False, max(1, min(_MOST_TILES, per_item)), min(threads, tiles))
+
+
+def plan_packed(
+    frame: Frame, packed: Packed, tile_queries: int, threads: int
+) -> tuple[int, int, Array]:
+    """Return the query tiles of one work item, the threads, and the work: (item, 3) integers.
+
+    That is (sequence, first row, rows) for one kv head, as the prefill kernel takes them. Rows of
+    a sequence are the queries of its first query head, then of its second; where those of one head
+    fill a tile, no tile has two heads. The items with the most work come first: whoever takes the
+    last ones then is done soon, and no core is left with a long sequence alone.
+    """
+    group_size = frame.num_heads // frame.num_kv_heads
+    queries = np.diff(packed.starts)
+    total = int(queries.sum()) * frame.num_heads
+    pairs = int(queries @ packed.lengths) * frame.num_heads
+    serial = threads == 1 or pairs * (frame.head_dim + frame.head_dim_v) < _SERIAL_WORK
+    per_item = -(-total // tile_queries) // (threads * _ITEMS_PER_WORKER)
+    tiles = _MOST_TILES if serial else max(1, min(_MOST_TILES, per_item))
+
+    height = tiles * tile_queries
+    fills = queries >= tile_queries
+    segment = np.where(fills, queries, group_size * queries)
+    chunks = -(-segment // height)
+    counts = np.where(fills, group_size, 1) * chunks
+    sequence = np.repeat(np.arange(len(queries)), counts)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    part = number % chunks[sequence]
+    first = number // chunks[sequence] * segment[sequence] + part * height
+    rows = np.minimum(height, segment[sequence] - part * height)
+
+    # What the row in the middle sees stands for all.
+    position = np.broadcast_to(packed.position, queries.shape)[sequence]
+    position = position + (first + rows // 2) % queries[sequence]
+    last = np.minimum(position + packed.right, packed.lengths[sequence] - 1)
+    seen = np.maximum(last - np.maximum(position - packed.left, 0) + 1, 0)
+    order = np.argsort(-rows * seen, kind="stable")
+    work = np.stack([sequence, first, rows], axis=-1)[order]
+    return tiles, 1 if serial else min(threads, len(work) * frame.num_kv_heads), work

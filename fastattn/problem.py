@@ -18,7 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.kernels.record import ABSENT, BFLOAT, BOOL, FLOAT32, FLOAT64, HALF, INT8, PROBLEM
+from fastattn.kernels.record import (
+    ABSENT,
+    BFLOAT,
+    BOOL,
+    FLOAT32,
+    FLOAT64,
+    HALF,
+    INT8,
+    OPERANDS,
+    PROBLEM,
+)
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -83,6 +93,16 @@ class Frame:
     result_lse: Shape
 
 
+class Packed(NamedTuple):
+    """Sequences that lie end to end."""
+
+    starts: Array  # where each starts among the queries, and the last one ends
+    lengths: Array  # its keys
+    position: int | Array  # key at which its query 0 stands
+    left: int  # how far left and right of its position a query sees
+    right: int
+
+
 class Problem(NamedTuple):
     """A checked call. Arrays are (batch or 1, heads, rows, elements), strides as they came."""
 
@@ -98,6 +118,7 @@ class Problem(NamedTuple):
     result_lse: Array | None
     owners: tuple[Any, ...]  # arrays of which the record holds addresses
     stored: Format | None = None  # that of key and value, where a cache keeps them in another one
+    packed: Packed | None = None
 
 
 _NO_LSE: dict[Any, Array] = {
@@ -134,12 +155,8 @@ def check(
     """Check a call of `attention` against the contract and put it into a kernel's terms."""
     if precision not in PRECISIONS:
         raise ValueError(f'precision must be "highest" or "bf16": got {precision!r}')
-    q, k, v = inputs = as_array("query", query), as_array("key", key), as_array("value", value)
-    dtype = q.dtype
-    form = _NATIVE.get(dtype)
-    if form is None or k.dtype is not dtype or v.dtype is not dtype:
-        dtype, form = common_format(_NAMES, inputs)
-        q, k, v = (x if x.dtype == dtype else x.astype(dtype) for x in inputs)
+    inputs = as_array("query", query), as_array("key", key), as_array("value", value)
+    q, k, v, dtype, form = _as_one_type(inputs)
     one_head = q.ndim == k.ndim == v.ndim == 2
     q = as_heads("query", q, layout)
     k = as_heads("key", k, layout)
@@ -226,6 +243,129 @@ def check(
     return Problem(q, k, v, o, lse, record, form, frame, result, result_lse, owners)
 
 
+def check_packed(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike | None,
+    *,
+    causal: bool | str,
+    window: Any,
+    query_offset: ArrayLike | None,
+    softcap: float | None,
+    alibi_slopes: ArrayLike | None,
+    sinks: ArrayLike | None,
+    scale: float | None,
+    score_mod: Any,
+    mask_mod: Any,
+    return_lse: bool,
+    out: Array | None,
+) -> Problem:
+    """Check a call of `varlen_attention`: sequences are batch entries that begin at offsets."""
+    inputs = as_array("query", query), as_array("key", key), as_array("value", value)
+    q, k, v, dtype, form = _as_one_type(inputs)
+    for name, x in zip(_NAMES, (q, k, v), strict=True):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must have shape (total, heads, features): got {x.shape}")
+    starts = starts_kv = check_starts("cu_seqlens_q", cu_seqlens_q, len(q))
+    if cu_seqlens_kv is not None:
+        starts_kv = check_starts("cu_seqlens_kv", cu_seqlens_kv, len(k))
+        if len(starts) != len(starts_kv):
+            raise ValueError(
+                "cu_seqlens_kv must be as long as cu_seqlens_q: "
+                f"got {len(starts_kv)} and {len(starts)}"
+            )
+    elif len(k) != len(q):
+        raise ValueError(
+            "key must have as many rows as query where cu_seqlens_kv is not given: "
+            f"got {len(k)} and {len(q)}"
+        )
+    frame = _packed_frame(q.shape, k.shape, v.shape, len(starts) - 1)
+
+    lengths = np.diff(starts_kv)
+    stands = window is not None or alibi_slopes is not None
+    position = check_position(
+        causal, query_offset, lengths, np.diff(starts), frame.batch_shape, stands=stands
+    )
+    cap = 0.0 if softcap is None else check_softcap(softcap, form.accumulation)
+    scaling = check_scale(scale, frame.head_dim), cap
+    terms = check_terms(
+        frame,
+        form,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        block_mask=None,
+    )
+
+    if out is None:
+        result = np.empty(frame.result, dtype)
+    else:
+        result = check_out(out, frame.result, dtype)
+        check_overlap(result, (*inputs, None, None))
+    lse, result_lse = _NO_LSE[form.accumulation], None
+    if return_lse:
+        result_lse = np.empty(frame.result_lse, form.accumulation)
+        lse = result_lse[None]
+
+    offsets = np.zeros((len(OPERANDS), frame.batch), np.int64)
+    for row, x, begin in (
+        (0, q, starts),
+        (1, k, starts_kv),
+        (2, v, starts_kv),
+        (3, result, starts),
+    ):
+        offsets[row] = begin[:-1] * x.strides[0]
+    record = _plain_record(frame, form.storage, 0, 0, check_bounds(causal, window), scaling).copy()
+    fields = record.view(PROBLEM)[0]
+    fields["offsets"], fields["starts"] = offsets.ctypes.data, starts.ctypes.data
+    _set_numbers(fields, "length", lengths)
+    _set_numbers(fields, "position", position)
+    terms.describe(fields)
+    q, k, v, o = (x.swapaxes(0, 1)[None].view(form.view) for x in (q, k, v, result))
+    owners = (offsets, starts, lengths, position, terms)
+    packed = Packed(starts, lengths, position, *check_bounds(causal, window))
+    return Problem(q, k, v, o, lse, record, form, frame, result, result_lse, owners, packed=packed)
+
+
+def check_starts(name: str, starts: ArrayLike, total: int) -> Array:
+    """Return where sequences start, and the last one ends, as int64."""
+    x = as_array(name, starts)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be ints: got {x.dtype}")
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"{name} must have shape (sequences + 1,): got shape {x.shape}")
+    # Compared before they are converted: a uint64 may not fit.
+    if x[0] != 0 or x[-1] != total or (x[1:] < x[:-1]).any():
+        raise ValueError(
+            f"{name} must rise from 0 to the number of rows, {total}: got {x[0]} to {x[-1]}"
+            + (", with a fall" if (x[1:] < x[:-1]).any() else "")
+        )
+    return np.array(x, np.int64)
+
+
+@lru_cache(maxsize=1024)
+def _packed_frame(q: Shape, k: Shape, v: Shape, sequences: int) -> Frame:
+    """Check the shapes (total, heads, features) of a call."""
+    check_shapes(*((heads, total, features) for total, heads, features in (q, k, v)))
+    total_q, num_heads, head_dim = q
+    return Frame(
+        batch_shape=(sequences,),
+        num_heads=num_heads,
+        num_kv_heads=k[1],
+        seqlen_q=total_q,
+        seqlen_kv=k[0],
+        head_dim=head_dim,
+        head_dim_v=v[2],
+        batch=sequences,
+        scores=(sequences, num_heads, total_q, k[0]),
+        result=(total_q, num_heads, v[2]),
+        result_lse=(num_heads, total_q),
+    )
+
+
 @lru_cache(maxsize=1024)
 def _frame(q: Shape, k: Shape, v: Shape, layout: str, one_head: bool) -> Frame:
     """Check the shapes (batch..., heads, length, features) of a call."""
@@ -300,6 +440,19 @@ def _set_numbers(fields: Any, name: str, numbers: int | Array) -> None:
 # ---------------------------------------------------------------------------
 # Arrays and their dtypes
 # ---------------------------------------------------------------------------
+
+
+def _as_one_type(
+    inputs: tuple[Array, Array, Array],
+) -> tuple[Array, Array, Array, np.dtype[Any], Format]:
+    """Return query, key and value in their common dtype, that and its format."""
+    q, k, v = inputs
+    dtype = q.dtype
+    form = _NATIVE.get(dtype)
+    if form is None or k.dtype is not dtype or v.dtype is not dtype:
+        dtype, form = common_format(_NAMES, inputs)
+        q, k, v = (x if x.dtype == dtype else x.astype(dtype) for x in inputs)
+    return q, k, v, dtype, form
 
 
 def as_array(name: str, x: Any) -> Array:

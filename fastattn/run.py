@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn import runtime
-from fastattn.kernels.record import BLOCK_KV, CHUNK, HALF, field
-from fastattn.plan import chunks, plan
+from fastattn.kernels.record import BLOCK_KV, CHUNK, HALF, PROBLEM, field
+from fastattn.plan import chunks, plan, plan_packed
 from fastattn.problem import Array, Format, Frame, Problem, known_format
 
 
@@ -61,13 +61,36 @@ def _is_read_in_place(problem: Problem, stored: Format) -> bool:
     )
 
 
+def run_packed(problem: Problem) -> None:
+    """Plan and run a checked call of packed sequences."""
+    query, key, value, out, lse, record, form, frame, *_, packed = problem
+    if out.size == 0 and lse.size == 0:
+        return
+    from numba.np.numpy_support import from_dtype
+
+    from fastattn.kernels.prefill import most_queries
+
+    assert packed is not None  # that is what the call is
+    ready = _compiled(form, form, is_decode=False, in_place=False)
+    tile_queries = most_queries(from_dtype(form.accumulation))
+    tiles, workers, work = plan_packed(frame, packed, tile_queries, runtime.usable_threads())
+    fields = record.view(PROBLEM)[0]
+    fields["work"], fields["work_items"] = work.ctypes.data, len(work)
+    if workers == 1:
+        ready.run(query, key, value, out, lse, tiles, record, ready.kernel)
+    else:
+        placed = np.empty_like(record)
+        ready.place(query, key, value, out, lse, tiles, record, placed)
+        runtime.launch(ready.kernel, placed, workers)
+
+
 _PAGE_SIZE, _STATES, _FINISHED = field("page_size"), field("states"), field("finished")
 _ready: dict[tuple[int, int, bool, bool], _Compiled] = {}
 
 
 def run(problem: Problem) -> None:
     """Plan a checked problem and run it."""
-    query, key, value, out, lse, record, form, frame, *_, stored = problem
+    query, key, value, out, lse, record, form, frame, *_, stored, _ = problem
     if out.size == 0 and lse.size == 0:
         return
     if stored is None:

@@ -399,9 +399,9 @@ def varlen_attention(
             v[keys],
             causal=causal,
             window=window,
-            query_offset=_entry(query_offset, b, axes=1),
+            query_offset=_entry(query_offset, b, len(starts_q) - 1, axes=1),
             softcap=softcap,
-            alibi_slopes=_entry(alibi_slopes, b, axes=2),
+            alibi_slopes=_entry(alibi_slopes, b, len(starts_q) - 1, axes=2),
             sinks=sinks,
             scale=scale,
             score_mod=score_mod and (lambda s, _, *hij, b=b: score_mod(s, b, *hij)),
@@ -412,9 +412,11 @@ def varlen_attention(
     return (output, lse) if return_lse else output
 
 
-def _entry(numbers: ArrayLike | None, b: int, *, axes: int) -> ArrayLike | None:
+def _entry(numbers: Any, b: int, sequences: int, *, axes: int) -> Any:
     """Return what one sequence has of numbers that may have a batch axis."""
-    return np.asarray(numbers)[b] if np.ndim(numbers) == axes else numbers  # type: ignore[arg-type]
+    if np.ndim(numbers) < axes:
+        return numbers
+    return np.broadcast_to(numbers, (sequences, *np.shape(numbers)[1:]))[b]
 
 
 def result_dtype(*arrays: Array) -> np.dtype[Any]:

@@ -53,9 +53,14 @@ def naive(
     visible: Array | None = None,
     bias: Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+    modify: Callable[[Array], Array] | None = None,
     dot: Callable[[Array, Array], Array] = np.matmul,
 ) -> tuple[Array, Array]:
     """Return (output, lse) by the lines that people write, in the dtype of the inputs.
+
+    `modify` is a score_mod for all scores at once.
 
     For 16-bit inputs they are written in float32 and the result is rounded: NumPy has no product of
     16-bit matrices but a scalar loop that rounds every partial sum, which nobody would keep, and
@@ -70,13 +75,18 @@ def naive(
 
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     scores = dot(query, np.swapaxes(key, -1, -2)) * factor
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.astype(wide)
+    if modify is not None:
+        scores = modify(scores).astype(wide)
     if visible is not None:
         scores = np.where(visible, scores, -np.inf)
-    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    sink = np.asarray(-np.inf if sinks is None else sinks).astype(wide)[..., None, None]
+    highest = np.maximum(scores.max(axis=-1, keepdims=True, initial=-np.inf), sink)
     weights = np.exp(scores - highest)
-    denominator = weights.sum(axis=-1, keepdims=True)
+    denominator = weights.sum(axis=-1, keepdims=True) + np.exp(sink - highest)
     return dot(weights / denominator, value).astype(dtype), (highest + np.log(denominator))[..., 0]
 
 
@@ -168,8 +178,20 @@ def naive_in_any_order(
     # Scores of zeros are finite whatever the inputs hold, so that -inf means hidden.
     zeros = np.zeros(query.shape), np.zeros(key.shape)
     visible = reference.attention_weights(*zeros, stage="biased", **keywords) != -np.inf
-    bias, scale = keywords.get("bias"), keywords.get("scale")
-    bias = np.broadcast_to(0 if bias is None else bias, visible.shape)
+    # What is left of them is what bias and ALiBi add.
+    score_mod = keywords.pop("score_mod", None)
+    bias = reference.attention_weights(*zeros, stage="biased", **keywords)
+    bias = np.where(visible, bias, 0)
+    same = {name: keywords.get(name) for name in ("scale", "softcap", "sinks")}
+
+    def for_keys(j: Array) -> Callable[[Array], Array] | None:
+        """Return the score_mod for all scores of keys in an order."""
+        if score_mod is None:
+            return None
+        ask = np.frompyfunc(getattr(score_mod, "py_func", score_mod), 5, 1)
+        b = np.arange(np.prod(batch, dtype=int)).reshape(*batch, 1, 1, 1)
+        h, i = np.arange(query.shape[-3])[:, None, None], np.arange(query.shape[-2])[:, None]
+        return lambda scores: ask(scores, b, h, i, j)
 
     rng = np.random.default_rng(0)
     features, keys = np.arange(query.shape[-1]), np.arange(key.shape[-2])
@@ -178,14 +200,17 @@ def naive_in_any_order(
         *((rng.permutation(features), rng.permutation(keys)) for _ in range(7)),
     ]
     with np.errstate(all="ignore"):  # it divides 0 by 0 for rows that see nothing
-        by_blas = naive(query, key, value, visible=visible, bias=bias, scale=scale)
+        by_blas = naive(
+            query, key, value, visible=visible, bias=bias, modify=for_keys(keys), **same
+        )
         one_by_one = naive(
             np.stack([query[..., d] for d, _ in orders]),
             np.stack([key[..., j, :][..., d] for d, j in orders]),
             np.stack([value[..., j, :] for _, j in orders]),
             visible=np.stack([visible[..., j] for _, j in orders]),
             bias=np.stack([bias[..., j] for _, j in orders]),
-            scale=scale,
+            modify=for_keys(np.expand_dims([j for _, j in orders], tuple(range(1, query.ndim)))),
+            **same,
             dot=term_by_term,
         )
     results = [by_blas, *zip(*one_by_one, strict=True)]

@@ -55,6 +55,10 @@ def read_behind_the_end():
     np.lib.stride_tricks.as_strided(x, (6,)).sum()
 
 
+def shown(b, h, i, j):
+    return (i + j) % 5 != 0
+
+
 def battery(at_end):
     """Call with every array guarded, for every type, length and variant."""
     rng = np.random.default_rng(0)
@@ -66,10 +70,14 @@ def battery(at_end):
         mask = rng.random((4, seqlen_q, seqlen_kv)) < 0.8
         padding = rng.random(seqlen_kv) < 0.8
         bias = rng.standard_normal((seqlen_q, seqlen_kv)).astype(dtype)
+        slopes = rng.random(4).astype(np.float32)
+        blocks = fastattn.create_block_mask(shown, 1, 1, seqlen_q, seqlen_kv, block_size=(5, 9))
         for keywords in (
             {},
             {"causal": True, "mask": padding},
             {"mask": mask, "bias": bias, "kv_lengths": seqlen_kv - 1},
+            {"window": (5, 1), "alibi_slopes": slopes, "sinks": slopes, "bias": bias[:1]},
+            {"mask_mod": shown, "block_mask": blocks, "bias": bias.T.copy().T},
         ):
             guard = Guarded(at_end)
             query, key, value, out = map(guard, plain)

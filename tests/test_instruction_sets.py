@@ -30,6 +30,14 @@ LENGTHS = [(1, 130), (7, 65), (33, 7), (65, 33), (130, 130)]
 HEAD_DIMS = [(3, 40), (40, 3), (64, 64)]
 
 
+def halved(score, b, h, i, j):
+    return 0.5 * score + 0.01 * (i - j)
+
+
+def shown(b, h, i, j):
+    return (i + 2 * j + h) % 5 != 0
+
+
 def battery():
     """Check attention against the reference in float64, for every type and kind of tile."""
     rng = np.random.default_rng(0)
@@ -48,7 +56,15 @@ def battery():
         )
         mask = rng.random((seqlen_q, seqlen_kv)) < 0.7
         bias = rng.standard_normal((seqlen_q, seqlen_kv)).astype(np.float32)
-        for keywords in ({"causal": True}, {"mask": mask, "bias": bias}):
+        numbers = {"softcap": 3.0, "alibi_slopes": [0.1, 0.2], "sinks": [0.5, -1.0]}
+        blocks = fastattn.create_block_mask(shown, 1, 1, *lengths, block_size=(32, 64))
+        for keywords in (
+            {"causal": True},
+            {"mask": mask, "bias": bias},
+            {"window": (20, 3)} | numbers,
+            {"score_mod": halved, "mask_mod": shown},
+            {"block_mask": blocks, "bias": bias, "score_mod": halved} | numbers,
+        ):
             result = fastattn.attention(*inputs, return_lse=True, **keywords)
             assert_accurate(result, *inputs, **keywords)
 

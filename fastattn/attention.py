@@ -14,6 +14,7 @@ from fastattn.problem import (
     STAGES,
     as_array,
     check,
+    check_arrays,
     check_packed,
     check_states,
     check_weights,
@@ -203,28 +204,47 @@ def attention(
     >>> bool(np.allclose(output, expected, atol=1e-6))
     True
     """
-    problem = check(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        window=window,
-        query_offset=query_offset,
-        kv_lengths=kv_lengths,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        scale=scale,
-        score_mod=score_mod,
-        mask_mod=mask_mod,
-        block_mask=block_mask,
-        layout=layout,
-        precision=precision,
-        return_lse=return_lse,
-        out=out,
-    )
+    if (
+        mask is None
+        and bias is None
+        and window is None
+        and query_offset is None
+        and kv_lengths is None
+        and softcap is None
+        and alibi_slopes is None
+        and sinks is None
+        and score_mod is None
+        and mask_mod is None
+        and block_mask is None
+        and out is None
+        and return_lse is False
+        and layout == "bhld"
+        and precision == "highest"
+    ):
+        problem = check_arrays(query, key, value, causal, scale)
+    else:
+        problem = check(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            causal=causal,
+            window=window,
+            query_offset=query_offset,
+            kv_lengths=kv_lengths,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            scale=scale,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            block_mask=block_mask,
+            layout=layout,
+            precision=precision,
+            return_lse=return_lse,
+            out=out,
+        )
     run(problem)
     if problem.result_lse is not None:
         return problem.result, problem.result_lse

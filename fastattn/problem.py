@@ -243,6 +243,60 @@ def check(
     return Problem(q, k, v, o, lse, record, form, frame, result, result_lse, owners)
 
 
+class _Seen(NamedTuple):
+    """What calls with arrays of the same shapes and dtype share."""
+
+    record: Array
+    format: Format
+    frame: Frame
+    lse: Array
+    axes: tuple[None, ...]  # that arrays lack to be four-dimensional
+
+
+_seen: dict[Any, _Seen] = {}
+_MOST_SEEN = 4096
+
+
+def check_arrays(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, causal: bool | str, scale: float | None
+) -> Problem:
+    """Check a call of `attention` without other keywords, in no time if its like was seen before.
+
+    Where the time goes into getting there, that is where it went.
+    """
+    if not (
+        type(query) is np.ndarray
+        and type(key) is np.ndarray
+        and type(value) is np.ndarray
+        and (causal is False or causal is True)
+        and (scale is None or type(scale) is float)
+    ):
+        return check(query, key, value, causal=causal, scale=scale)
+    dtype = query.dtype
+    name = (query.shape, key.shape, value.shape, dtype, key.dtype, value.dtype, causal, scale)
+    seen = _seen.get(name)
+    if seen is None:
+        problem = check(query, key, value, causal=causal, scale=scale)
+        is_simple = dtype == key.dtype == value.dtype == problem.result.dtype and dtype.isnative
+        if is_simple and not problem.owners and query.ndim == key.ndim == value.ndim:
+            if len(_seen) >= _MOST_SEEN:
+                _seen.clear()
+            axes = (None,) * (4 - query.ndim)
+            _seen[name] = _Seen(problem.record, problem.format, problem.frame, problem.lse, axes)
+        return problem
+    record, form, frame, lse, axes = seen
+    q: Array
+    k: Array
+    v: Array
+    q, k, v, result = query, key, value, np.empty(frame.result, dtype)
+    o: Array = result
+    if axes:
+        q, k, v, o = q[axes], k[axes], v[axes], o[axes]
+    if form.view is _BITS:
+        q, k, v, o = (x.view(_BITS) for x in (q, k, v, o))
+    return Problem(q, k, v, o, lse, record, form, frame, result, None, ())
+
+
 def check_packed(
     query: ArrayLike,
     key: ArrayLike,

@@ -338,6 +338,7 @@ def check_packed(
     frame = _packed_frame(q.shape, k.shape, v.shape, len(starts) - 1)
 
     lengths = np.diff(starts_kv)
+    bounds = check_bounds(causal, window)
     stands = window is not None or alibi_slopes is not None
     position = check_position(
         causal, query_offset, lengths, np.diff(starts), frame.batch_shape, stands=stands
@@ -372,7 +373,7 @@ def check_packed(
         (3, result, starts),
     ):
         offsets[row] = begin[:-1] * x.strides[0]
-    record = _plain_record(frame, form.storage, 0, 0, check_bounds(causal, window), scaling).copy()
+    record = _plain_record(frame, form.storage, 0, 0, bounds, scaling).copy()
     fields = record.view(PROBLEM)[0]
     fields["offsets"], fields["starts"] = offsets.ctypes.data, starts.ctypes.data
     _set_numbers(fields, "length", lengths)
@@ -380,7 +381,7 @@ def check_packed(
     terms.describe(fields)
     q, k, v, o = (x.swapaxes(0, 1)[None].view(form.view) for x in (q, k, v, result))
     owners = (offsets, starts, lengths, position, terms)
-    packed = Packed(starts, lengths, position, *check_bounds(causal, window))
+    packed = Packed(starts, lengths, position, *bounds)
     return Problem(q, k, v, o, lse, record, form, frame, result, result_lse, owners, packed=packed)
 
 
@@ -786,7 +787,9 @@ def _real(name: str, value: Any, other: str = "") -> float:
 def check_softcap(softcap: Any, accumulation: np.dtype[Any]) -> float:
     """Return the softcap as a float."""
     number = _real("softcap", softcap)
-    if not 0 < accumulation.type(number) < math.inf:
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = accumulation.type(number)
+    if not 0 < rounded < math.inf:
         raise ValueError(f"softcap must be above 0 and finite in {accumulation}: got {softcap}")
     return number
 

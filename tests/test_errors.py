@@ -5,19 +5,24 @@ they held, `out` too, and a valid call gives what it gave before.
 """
 
 import pickle
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 import pytest
 from checks import assert_same_bits
+from numba import njit
 
 import fastattn
 from fastattn import (
     attention,
     attention_weights,
+    create_block_mask,
+    masks,
     merge_states,
     scaled_dot_product_attention,
     set_num_threads,
+    varlen_attention,
     warmup,
 )
 
@@ -38,6 +43,10 @@ def inputs(*names):
     return {name: arrays[name] for name in names}
 
 
+def causal(b, h, i, j):
+    return j <= i
+
+
 def valid_arguments(function):
     """Return arguments that a row of the table replaces some of."""
     if function is attention:
@@ -46,6 +55,11 @@ def valid_arguments(function):
         return inputs("query", "key", "value") | {"enable_gqa": True}
     if function is attention_weights:
         return inputs("query", "key")
+    if function is varlen_attention:
+        arrays = {"query": ones(9, 4, 8), "key": ones(7, 2, 8), "value": ones(7, 2, 6)}
+        return arrays | {"cu_seqlens_q": [0, 4, 9], "cu_seqlens_kv": [0, 7, 7]}
+    if function is create_block_mask:
+        return {"mask_mod": causal, "B": 1, "Hq": 1, "Lq": 5, "Lk": 7}
     if function is merge_states:
         return {"outputs": [ones(5, 6), ones(5, 6)], "lses": [ones(5), ones(5)]}
     return {}
@@ -159,6 +173,211 @@ KEYWORDS = [
         for scale in (1j, "0.5", [1.0], np.ones(2), object())
     ),
     (attention, {"is_causal": True}, TypeError, "unexpected keyword argument 'is_causal'"),
+]  # fmt: skip
+
+VARIANTS = [
+    *(
+        (attention, {"window": window}, TypeError, r"^window must be a pair \(left, right\): got ")
+        for window in (3, 1.5, "12", {1, 2}, object())
+    ),
+    *(
+        (attention, {"window": window}, ValueError, r"^window must be a pair \(left, right\): got ")
+        for window in ((), (1,), (1, 2, 3), [[1, 2]], np.zeros((3, 2)))
+    ),
+    *(
+        (attention, {"window": window}, ValueError,
+         r"^window must be whole numbers from 0, or None where it has no bound: got ")
+        for window in ((-1, 0), (0, -1), (0.5, 1), (1, 2.5), (NAN, 1), (1, INF), np.array([3, -1]))
+    ),
+    *(
+        (attention, {"window": window}, TypeError,
+         r"^window must be ints, or None where it has no bound: got ")
+        for window in (("1", 2), (True, 1), (1, 1j), ([1], 2))
+    ),
+    *(
+        (attention, {"softcap": cap}, ValueError,
+         r"^softcap must be above 0 and finite in float32: got ")
+        for cap in (0, -1, 0.0, -INF, INF, NAN, 1e300, 1e-60)
+    ),
+    (attention, {"softcap": 10**400}, ValueError, r"^softcap must be finite: got "),
+    *(
+        (attention, {"softcap": cap}, TypeError, r"^softcap must be a real number: got ")
+        for cap in ("3", 1j, [1.0, 2.0], object())
+    ),
+    *(
+        (attention, {"alibi_slopes": np.ones(shape)}, ValueError,
+         r"^alibi_slopes must have shape \(4,\) or \(2, 4\): got shape ")
+        for shape in ((), (1,), (2,), (3, 4), (2, 1), (2, 4, 1), (1, 2, 4), (0,))
+    ),
+    *(
+        (attention, {"alibi_slopes": [1, number, 2, 3]}, ValueError,
+         r"^alibi_slopes must be finite: got ")
+        for number in (NAN, INF, -INF, 1e300)
+    ),
+    *(
+        (attention, {"sinks": np.ones(shape)}, ValueError,
+         r"^sinks must have shape \(4,\): got shape ")
+        for shape in ((), (1,), (2, 4), (5,), (0,))
+    ),
+    *(
+        (attention, {"sinks": [1, number, 2, 3]}, ValueError,
+         r"^sinks must be finite or -inf: got ")
+        for number in (NAN, INF, 1e300)
+    ),
+    *(
+        (attention, {name: np.ones(4, dtype)}, TypeError,
+         rf"^{name} must be float16.*: got {dtype}")
+        for name in ("alibi_slopes", "sinks") for dtype in ("bool", "complex64", "object")
+    ),
+    *(
+        (attention, {"precision": word}, ValueError,
+         r'^precision must be "highest" or "bf16": got ')
+        for word in ("", "low", "BF16", None, 16)
+    ),
+    *(
+        (attention, {"block_mask": mask}, TypeError,
+         r"^block_mask must be a BlockMask from create_block_mask: got ")
+        for mask in (np.ones((5, 7), bool), causal, 3)
+    ),
+    *(
+        (attention, {"block_mask": create_block_mask(causal, *shape)}, ValueError,
+         r"^block_mask must have shape \(2 or 1, 4 or 1, 5, 7\): got ")
+        for shape in ((2, 4, 5, 8), (2, 4, 6, 7), (3, 4, 5, 7), (2, 2, 5, 7), (0, 4, 5, 7))
+    ),
+]  # fmt: skip
+
+# Functions of the caller's, in a place that messages name.
+NOT_FUNCTIONS = [3, "f", None, np.ones((5, 7), bool)]
+WRONG_FUNCTIONS = [max, np.add, type("F", (), {"__call__": lambda self, *_: 0})(), int]
+
+MODS = [
+    *(
+        (attention, {"score_mod": value}, TypeError,
+         r"^score_mod must be a function of \(score, b, h, i, j\): got ")
+        for value in NOT_FUNCTIONS if value is not None
+    ),
+    *(
+        (attention, {"mask_mod": value}, TypeError,
+         r"^mask_mod must be a function of \(b, h, i, j\): got ")
+        for value in NOT_FUNCTIONS if value is not None
+    ),
+    *(
+        (function, {"mask_mod": value}, TypeError, r"^mask_mod must be a Python function, or one ")
+        for function in (attention, create_block_mask)
+        for value in (*WRONG_FUNCTIONS, partial(causal, j=3))
+    ),
+    (create_block_mask, {"mask_mod": None}, TypeError,
+     r"^mask_mod must be a function of \(b, h, i, j\): got None$"),
+    *(
+        (attention, {"score_mod": value}, TypeError,
+         r"^score_mod must take the arguments \(score, b, h, i, j\): got .*_errors.py, line \d+, ")
+        for value in (causal, lambda: 0, lambda s, b, h, i, j, k: s, partial(lambda a, s, b: s, 1),
+                      njit(lambda score: score), lambda s, *, b, h, i, j: s)
+    ),
+    *(
+        (attention, {"mask_mod": value}, TypeError,
+         r"^mask_mod must take the arguments \(b, h, i, j\): got .*test_errors.py, line \d+, ")
+        for value in (lambda s, b, h, i, j: True, lambda i, j: True, partial(causal, 1))
+    ),
+    *(
+        (attention, {"score_mod": value}, TypeError,
+         r"(?s)^score_mod must compile with Numba: got .*test_errors.py, line \d+: .*" + reason)
+        for value, reason in (
+            (lambda s, b, h, i, j: s + nowhere, "nowhere"),  # noqa: F821
+            (lambda s, b, h, i, j: [x for x in s], r'test_errors.py", line \d+'),  # noqa: C416
+            (lambda s, b, h, i, j: s.wrong, "wrong"),
+            (lambda s, b, h, i, j: "text", "it returns Literal"),
+            (lambda s, b, h, i, j: None, "it returns none"),
+            (lambda s, b, h, i, j: (s, s), "it returns UniTuple"),
+            (lambda s, b, h, i, j: 1j * s, "it returns complex"),
+            (partial(lambda held, s, b, h, i, j: s, object()), "functools.partial must hold"),
+        )
+    ),
+    *(
+        (function, {"mask_mod": value}, TypeError,
+         r"(?s)^mask_mod must compile with Numba: got .*test_errors.py, line \d+: .*" + reason)
+        for function in (attention, create_block_mask)
+        for value, reason in (
+            (lambda b, h, i, j: i - j, "it returns int64"),
+            (lambda b, h, i, j: 0.5, "it returns float64"),
+            (lambda b, h, i, j: None, "it returns none"),
+            (lambda b, h, i, j: open("x") is None, "open"),  # noqa: SIM115, PTH123
+        )
+    ),
+    *(
+        (create_block_mask, {name: value}, TypeError, rf"^{name} must be an int: got ")
+        for name in ("B", "Hq", "Lq", "Lk", "block_size") for value in (1.0, "1", True)
+    ),
+    *(
+        (create_block_mask, {name: -1}, ValueError, rf"^{name} must be at least 0: got -1$")
+        for name in ("B", "Hq", "Lq", "Lk")
+    ),
+    *(
+        (create_block_mask, {"block_size": value}, ValueError,
+         r"^block_size must be at least 1: got ")
+        for value in (0, -1, (0, 8), (8, -3))
+    ),
+    *(
+        (create_block_mask, {"block_size": value}, ValueError,
+         r"^block_size must be an int or a pair of ints: got ")
+        for value in ((), (1,), [1, 2, 3])
+    ),
+    *(
+        (masks.document, {"segments": value}, error, message)
+        for value, error, message in (
+            ([0.0, 1.0], TypeError, r"^segments must be ints: got float64$"),
+            (3, ValueError, r"^segments must have 1 or 2 dimensions: got shape \(\)$"),
+            (np.zeros((2, 2, 2), int), ValueError, r"^segments must have 1 or 2 dimensions: got "),
+        )
+    ),
+    (masks.window, {"left": -1, "right": 0}, ValueError, r"^window must be whole numbers from 0"),
+    (masks.window, {"left": 1, "right": 0, "offset": 0.5}, TypeError, r"^offset must be an int"),
+    (masks.prefix_lm, {"prefix": 1.5}, TypeError, r"^prefix must be ints: got float64$"),
+]  # fmt: skip
+
+VARLEN = [
+    *(
+        (varlen_attention, {name: ones(2, *shape)}, ValueError,
+         rf"^{name} must have shape \(total, heads, features\): got \(2, ")
+        for name, shape in (("query", (9, 4, 8)), ("key", (7, 2, 8)), ("value", (7, 2, 6)))
+    ),
+    *(
+        (varlen_attention, {name: value}, TypeError, rf"^{name} must be ints: got ")
+        for name in ("cu_seqlens_q", "cu_seqlens_kv")
+        for value in ([0.0, 9.0], [True, False], ["0", "9"], [])
+    ),
+    *(
+        (varlen_attention, {name: value}, ValueError,
+         rf"^{name} must have shape \(sequences \+ 1,\): got shape ")
+        for name in ("cu_seqlens_q", "cu_seqlens_kv")
+        for value in (9, [[0, 9]], np.zeros(0, int))
+    ),
+    *(
+        (varlen_attention, {"cu_seqlens_q": value}, ValueError,
+         r"^cu_seqlens_q must rise from 0 to the number of rows, 9: got ")
+        for value in ([1, 9], [0, 8], [0, 10], [9], [0, 5, 4, 9], [0, -1, 9], [0, 99, 9],
+                      np.array([0, 2**64 - 1, 9], np.uint64), np.array([0, 2**63], np.uint64))
+    ),
+    (varlen_attention, {"cu_seqlens_kv": [0, 6, 3, 7]}, ValueError,
+     r"^cu_seqlens_kv must rise from 0 to the number of rows, 7: got 0 to 7, with a fall$"),
+    (varlen_attention, {"cu_seqlens_kv": [0, 7]}, ValueError,
+     r"^cu_seqlens_kv must be as long as cu_seqlens_q: got 2 and 3$"),
+    (varlen_attention, {"cu_seqlens_kv": None}, ValueError,
+     r"^key must have as many rows as query where cu_seqlens_kv is not given: got 7 and 9$"),
+    (varlen_attention, {"query_offset": [1, 2, 3]}, ValueError,
+     r"^query_offset must be one number or broadcast to the batch axes \(2,\): got shape \(3,\)$"),
+    (varlen_attention, {"alibi_slopes": np.ones((3, 4))}, ValueError,
+     r"^alibi_slopes must have shape \(4,\) or \(2, 4\): got shape \(3, 4\)$"),
+    (varlen_attention, {"sinks": np.ones(3)}, ValueError, r"^sinks must have shape \(4,\)"),
+    (varlen_attention, {"softcap": -1}, ValueError, r"^softcap must be above 0"),
+    (varlen_attention, {"window": (1, -1)}, ValueError, r"^window must be whole numbers from 0"),
+    (varlen_attention, {"scale": NAN}, ValueError, r"^scale must be finite"),
+    (varlen_attention, {"causal": 1}, TypeError, r"^causal must be a bool"),
+    (varlen_attention, {"score_mod": causal}, TypeError, r"^score_mod must take the arguments"),
+    (varlen_attention, {"mask_mod": 3}, TypeError, r"^mask_mod must be a function"),
+    (varlen_attention, {"out": ones(9, 4, 5)}, ValueError, r"^out must have the result's shape"),
+    (varlen_attention, {"key": ones(7, 3, 8), "value": ones(7, 3, 6)}, ValueError,
+     r"^the number of heads of key must divide that of query: got 3 and 4$"),
 ]  # fmt: skip
 
 OUTS = [
@@ -281,7 +500,24 @@ RUNTIME = [
     ),
 ]  # fmt: skip
 
-TABLE = [*DTYPES, *SHAPES, *KEYWORDS, *OUTS, *TORCH, *WEIGHTS, *STATES, *RUNTIME]
+TABLE = [
+    *DTYPES,
+    *SHAPES,
+    *KEYWORDS,
+    *VARIANTS,
+    *MODS,
+    *VARLEN,
+    *OUTS,
+    *TORCH,
+    *WEIGHTS,
+    *STATES,
+    *RUNTIME,
+]
+
+
+def data_of(arguments):
+    """Return what could be written to: functions cannot, nor be pickled."""
+    return {name: each for name, each in arguments.items() if not name.endswith("_mod")}
 
 
 @pytest.fixture(scope="module")
@@ -296,17 +532,25 @@ def expected():
 )
 def test_error(function, wrong, error, message, expected):
     arguments = valid_arguments(function) | wrong
-    before = pickle.dumps(arguments)
+    before = pickle.dumps(data_of(arguments))
     threads = fastattn.get_num_threads()
     with pytest.raises(error, match=message):
         function(**arguments)
-    assert pickle.dumps(arguments) == before, "an array was written to"
+    assert pickle.dumps(data_of(arguments)) == before, "an array was written to"
     assert fastattn.get_num_threads() == threads
     assert_same_bits(attention(**inputs("query", "key", "value")), expected)
 
 
 @pytest.mark.parametrize(
-    "function", [attention, scaled_dot_product_attention, attention_weights, merge_states]
+    "function",
+    [
+        attention,
+        scaled_dot_product_attention,
+        attention_weights,
+        varlen_attention,
+        create_block_mask,
+        merge_states,
+    ],
 )
 def test_arguments_that_the_table_starts_from_are_valid(function):
     function(**valid_arguments(function))

@@ -433,15 +433,15 @@ class MultiHeadAttention:
         one_sequence = q.ndim == 2
         if one_sequence:
             q, k, v = q[None], k[None], v[None]
-        queries = _split(_affine(q, self.w_q, self.b_q, dtype), self.num_heads)
-        keys = _split(_affine(k, self.w_k, self.b_k, dtype), self.num_kv_heads)
-        values = _split(_affine(v, self.w_v, self.b_v, dtype), self.num_kv_heads)
+        queries = split_heads(_affine(q, self.w_q, self.b_q, dtype), self.num_heads)
+        keys = split_heads(_affine(k, self.w_k, self.b_k, dtype), self.num_kv_heads)
+        values = split_heads(_affine(v, self.w_v, self.b_v, dtype), self.num_kv_heads)
         if cache is None:
             context = attention(queries, keys, values, mask=mask, causal=causal)
         else:
             cache.append(keys, values)
             context = cache.attend(queries, mask=mask, causal=causal)
-        output = _affine(_joined(context), self.w_o, self.b_o, dtype)
+        output = _affine(join_heads(context), self.w_o, self.b_o, dtype)
         if one_sequence:
             output = output[0]
         if not need_weights:
@@ -500,12 +500,12 @@ def _affine(x: Array, weight: Array, bias: Array | None, dtype: np.dtype[Any]) -
     return product.astype(dtype, copy=False).reshape(*x.shape[:-1], weight.shape[1])
 
 
-def _split(x: Array, num_heads: int) -> Array:
+def split_heads(x: Array, num_heads: int) -> Array:
     """Return (..., length, features) as (..., num_heads, length, head_dim), a view."""
     return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads).swapaxes(-3, -2)
 
 
-def _joined(x: Array) -> Array:
+def join_heads(x: Array) -> Array:
     """Return (..., num_heads, length, head_dim) as (..., length, features)."""
     *batch, num_heads, length, head_dim = x.shape
     return x.swapaxes(-3, -2).reshape(*batch, length, num_heads * head_dim)

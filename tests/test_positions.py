@@ -1,14 +1,14 @@
-"""Positions: against formulas worked term by term, ONNX's cases and transformers' figures."""
+"""Positions: against formulas worked term by term and transformers' figures.
+
+ONNX's cases of rotary positions are in test_integrations_onnx.py.
+"""
 
 import math
-import warnings
 
 import numpy as np
 import pytest
 from checks import BFLOAT16, FLOAT_DTYPES, assert_same_bits, rounding, to_float64
 from numpy.testing import assert_allclose
-from onnx.backend.test.case.node import collect_testcases
-from onnx.helper import get_attribute_value
 
 from fastattn import alibi_slopes, apply_rotary, embed_tokens, rotary_table, sinusoidal_positions
 
@@ -282,41 +282,6 @@ class TestApplyRotary:
         x = rng.standard_normal((5, 8))
         x.flags.writeable = False
         assert not np.shares_memory(apply_rotary(x, *rotary_table(5, 4)), x)
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it collects every operator's cases, with casts that overflow
-    ONNX_CASES = {
-        case.name: case
-        for case in collect_testcases("RotaryEmbedding")
-        if not case.name.endswith("_expanded")
-    }
-
-
-@pytest.mark.parametrize("name", ONNX_CASES)
-def test_onnx(name):
-    """ONNX's own cases; it keeps the heads of three-dimensional inputs in the features."""
-    case = ONNX_CASES[name]
-    (node,) = case.model.graph.node
-    attributes = {each.name: get_attribute_value(each) for each in node.attribute}
-    ((inputs, (expected,)),) = case.data_sets
-    x, cos, sin, *positions = inputs
-    if x.ndim == 3:
-        x = x.reshape(*x.shape[:2], attributes["num_heads"], -1).swapaxes(1, 2)
-    if positions:
-        keywords = {"positions": positions[0][:, None, :]}
-    else:
-        cos, sin, keywords = cos[:, None], sin[:, None], {}
-    ours = apply_rotary(x, cos, sin, interleaved=bool(attributes.get("interleaved", 0)), **keywords)
-    if expected.ndim == 3:
-        ours = ours.swapaxes(1, 2).reshape(expected.shape)
-    assert ours.dtype == expected.dtype
-    bound = 4 * rounding(expected.dtype) * np.abs(expected).max()
-    assert_allclose(ours, expected, rtol=0, atol=bound)
-
-
-def test_onnx_has_its_cases():
-    assert len(ONNX_CASES) >= 8
 
 
 # ---------------------------------------------------------------------------

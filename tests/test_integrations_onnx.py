@@ -65,6 +65,7 @@ class TestCasesOfOnnx:
 # ---------------------------------------------------------------------------
 
 INPUTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
+PAST = dict.fromkeys(("past_key", "past_value"), np.ones((2, 2, 2, 8), np.float32))
 OUTPUTS = ("Y", "present_key", "present_value", "qk_matmul_output")
 ROTARY_INPUTS = ("X", "cos_cache", "sin_cache", "position_ids")
 
@@ -234,6 +235,30 @@ def test_what_no_output_names_is_not_computed(rng, monkeypatch):
         assert len(evaluate(inputs, outputs=outputs)) == len(outputs)
 
 
+def test_outputs_without_a_name_are_nobodys_input(rng):
+    """ONNX's evaluator keeps them under "", which is what the next layer's mask is called here."""
+    inputs = qkv(rng, heads=2, q_length=6, kv_length=6) | PAST
+    inputs["V"] = inputs["K"]  # six keys of eight features: a mask that fits eight keys
+    infos, (result,) = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+        for names in (inputs, ["result"])
+    )
+
+    def two_layers(*outputs):
+        nodes = [
+            helper.make_node("Attention", ["Q", "K", "V"], ["hidden", *outputs]),
+            helper.make_node(
+                "Attention", ["hidden", "K", "V", "", "past_key", "past_value"], ["result"]
+            ),
+        ]
+        graph = helper.make_graph(nodes, "two_layers", infos, [result])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])
+        return ReferenceEvaluator(model, new_ops=OURS).run(None, inputs)
+
+    (ours,), (expected,) = two_layers("", "", "heat_map"), two_layers()
+    assert_same_bits(ours, expected)
+
+
 def test_mode_0_is_before_the_softcap(rng):
     inputs = qkv(rng)
     names = ("Y", "", "", "qk_matmul_output")
@@ -399,7 +424,6 @@ def test_model_from_end_to_end(rng):
 Q, KV = np.ones((2, 4, 3, 8), np.float32), np.ones((2, 2, 5, 8), np.float32)
 VALID = {"Q": Q, "K": KV, "V": KV}
 FLAT = {"Q": np.ones((2, 3, 32), np.float32)} | dict.fromkeys("KV", np.ones((2, 5, 16), np.float32))
-PAST = {"past_key": KV[:, :, :2], "past_value": KV[:, :, :2]}
 NONPAD = {"nonpad_kv_seqlen": np.array([1, 5])}
 
 ERRORS = [

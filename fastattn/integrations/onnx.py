@@ -38,7 +38,20 @@ Array = NDArray[Any]
 _PRECISIONS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
-class Attention(OpRun):  # type: ignore[misc]  # onnx is not there when types are checked
+class _Operator(OpRun):  # type: ignore[misc]  # onnx is not there when types are checked
+    """What the two have in common: inputs that a node leaves out are None.
+
+    The evaluator keeps results by name, "" among them. An output that a node does not name is then
+    what inputs without a name get: the values of one layer would be the mask of the next.
+    """
+
+    def run(self, *inputs: Array | None, **keywords: Any) -> tuple[Array, ...]:
+        named = (x if name else None for name, x in zip(self.input, inputs, strict=True))
+        results: tuple[Array, ...] = super().run(*named, **keywords)
+        return results
+
+
+class Attention(_Operator):
     """ONNX's operator Attention, of opsets 23 to 25, by `fastattn.attention`.
 
     An instance stands for one node; the evaluator makes it, and hands it the node's inputs. The
@@ -194,7 +207,7 @@ class Attention(OpRun):  # type: ignore[misc]  # onnx is not there when types ar
         return opset
 
 
-class RotaryEmbedding(OpRun):  # type: ignore[misc]  # onnx is not there when types are checked
+class RotaryEmbedding(_Operator):
     """ONNX's operator RotaryEmbedding, of opset 23, by `fastattn.apply_rotary`.
 
     An instance stands for one node; the evaluator makes it, and hands it the node's inputs. The

@@ -447,9 +447,9 @@ ERRORS = [
     ({}, {"softmax_precision": 7}, r"^softmax_precision must be 1 \(FLOAT\), 10 .*: got 7$"),
     ({}, {"outputs": OUTPUTS, "qk_matmul_output_mode": 4},
      r"^qk_matmul_output_mode must be 0, 1, 2 or 3: got 4$"),
-    ({}, {"left_window_size": -2}, r"^window"),
-    ({}, {"softcap": -1.0}, r"^softcap must"),
-    ({}, {"scale": float("nan")}, r"^scale must"),
+    ({}, {"left_window_size": -2}, r"^window must .*: got -2$"),
+    ({}, {"softcap": -1.0}, r"^softcap must .*: got -1\.0$"),
+    ({}, {"scale": float("nan")}, r"^scale must .*: got nan$"),
 ]  # fmt: skip
 
 X, TABLE = np.ones((2, 4, 3, 8), np.float32), np.ones((5, 4), np.float32)

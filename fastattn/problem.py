@@ -210,7 +210,8 @@ def check(
     offsets = None
     if len(batch_shape) > 1:
         offsets = batch_offsets((q, k, v, o, masks, biases), batch_shape)
-        q, k, v, o = (x[(0,) * (x.ndim - 3)][None] if x.size else x for x in (q, k, v, o))
+        if frame.batch:
+            q, k, v, o = (x[(0,) * (x.ndim - 3)][None] for x in (q, k, v, o))
     elif not q.ndim == k.ndim == v.ndim == o.ndim == 4:
         q, k, v, o = (x if x.ndim == 4 else x[None] for x in (q, k, v, o))
     if form.view is _BITS:

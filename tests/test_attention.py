@@ -95,7 +95,11 @@ class TestSizes:
 
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize(
-        ("batch", "seqlen_q", "seqlen_kv"), [((2,), 5, 0), ((2,), 0, 7), ((0,), 5, 7), ((0,), 0, 0)]
+        ("batch", "seqlen_q", "seqlen_kv"),
+        [
+            *[((2,), 5, 0), ((2,), 0, 7), ((0,), 5, 7), ((0,), 0, 0)],
+            *[((2, 3), 5, 0), ((2, 3), 0, 7), ((2, 0), 5, 7)],
+        ],
     )
     def test_empty(self, batch, seqlen_q, seqlen_kv, causal, rng):
         inputs = make_inputs(rng, batch=batch, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, head_dim_v=4)

@@ -108,6 +108,9 @@ def attention(
 ) -> Array | tuple[Array, Array]:
     """Return softmax(scale * query @ key.T + bias) @ value over the visible keys, fused.
 
+    The order on every score: ``scale * q.k`` -> softcap -> ALiBi -> bias -> score_mod -> hiding by
+    mask, mask_mod, block_mask, causal, window and kv_lengths -> sinks -> softmax -> weighted sum.
+
     Parameters
     ----------
     query : array_like, (..., num_heads, seqlen_q, head_dim)
@@ -132,15 +135,43 @@ def attention(
             1 1 1 1 1         1 1 0 0 0
 
         FlashAttention from 2.1 and MLX align as "bottom_right", torch as "top_left".
+    window : (left, right), optional
+        Query i sees the keys from ``i + offset - left`` to ``i + offset + right``, both included;
+        None is no bound on that side. Composes with `causal`, and stands at "bottom_right" without
+        it. For three queries and five keys::
+
+            (1, 0)       (1, 1)       (None, 0)
+            0 1 1 0 0    0 1 1 1 0    1 1 1 0 0
+            0 0 1 1 0    0 0 1 1 1    1 1 1 1 0
+            0 0 0 1 1    0 0 0 1 1    1 1 1 1 1
+
     query_offset : int or integers of shape (...), optional
         The position of query 0 among the keys, in place of the offset that `causal` names.
     kv_lengths : int or integers of shape (...), optional
         Keys at ``j >= kv_lengths[b]`` do not exist; "bottom_right" counts from this length.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``; greater than 0.
+    alibi_slopes : array_like, (num_heads,) or (..., num_heads), optional
+        ``-slope * abs(i + offset - j)`` is added to the score; stands as `window` does. See
+        `fastattn.alibi_slopes`.
+    sinks : array_like, (num_heads,), optional
+        Scores that join the denominator of every row and have no value.
     scale : float, optional
         Any finite number; None is ``1 / sqrt(head_dim)``.
+    score_mod : callable, optional
+        ``f(score, b, h, i, j) -> score``, jitted by Numba or for you; b counts batch entries, h
+        query heads, i and j rows of query and key. -inf hides the key. It is compiled at its first
+        use, for about a second.
+    mask_mod : callable, optional
+        ``f(b, h, i, j) -> bool``, likewise; True = attend.
+    block_mask : BlockMask, optional
+        From `create_block_mask`: a mask_mod whose empty tiles are skipped.
     layout : "bhld" or "blhd"
         "blhd": query, key, value and out are (..., length, heads, features), as in flash-attn, JAX
         and Keras. mask, bias and lse keep their shape.
+    precision : "highest" or "bf16"
+        "bf16" permits that products of float32 inputs are rounded to bfloat16. The kernels make no
+        use of it: both give the same bits.
     return_lse : bool
         Also return the logarithm of the softmax's denominator.
     out : ndarray, optional
@@ -159,11 +190,11 @@ def attention(
     TypeError
         For a dtype without meaning here (complex, object, longdouble, float16 with bfloat16), a
         mask that is not bool, a bool bias, `causal` that is neither bool nor a word, an `out` of
-        another dtype.
+        another dtype, a score_mod or mask_mod that Numba cannot compile.
     ValueError
-        For shapes or head counts that do not fit, lengths beyond the keys, a scale that is NaN or
-        infinite, an unknown word, an `out` that overlaps an input. Everything is checked before
-        anything is written.
+        For shapes or head counts that do not fit, lengths beyond the keys, a window bound below 0,
+        a scale that is NaN or infinite, an unknown word, an `out` that overlaps an input.
+        Everything is checked before anything is written.
 
     Notes
     -----
@@ -536,13 +567,15 @@ def attention_weights(
     query : array_like, (..., num_heads, seqlen_q, head_dim)
     key : array_like, (..., num_kv_heads, seqlen_kv, head_dim)
     stage : "scores", "softcapped", "biased" or "probabilities"
-        "scores" are scaled and raw, also at hidden keys; "softcapped" is the same while no softcap
-        is given; "biased" has the bias added and -inf at hidden keys; "probabilities" are the
-        softmax, 0 at hidden keys.
+        "scores" are scaled and raw, also at hidden keys; "softcapped" are those after the softcap;
+        "biased" come after ALiBi, bias and score_mod and are -inf at hidden keys; "probabilities"
+        are the softmax, 0 at hidden keys.
     rows : int, slice or integers, optional
         The queries to return, ``0 <= row < seqlen_q``; only theirs are computed, so that one row of
         a long context is cheap. An int removes the axis.
-    mask, bias, causal, query_offset, kv_lengths, scale, layout
+    mask, bias, causal, window, query_offset, kv_lengths, softcap, alibi_slopes, sinks
+        As in `attention`.
+    scale, score_mod, mask_mod, block_mask, layout, precision
         As in `attention`.
 
     Returns

@@ -149,7 +149,7 @@ class Contender:
 
     def sample(self) -> None:
         """Take a sample."""
-        _wait_for_quiet()
+        wait_for_quiet()
         if self.calls > 1:
             # Wakes this library's workers and brings its code and data back into the caches.
             self.prepared.run()
@@ -179,7 +179,8 @@ class Contender:
         return time.perf_counter() - start
 
 
-def _wait_for_quiet() -> None:
+def wait_for_quiet() -> None:
+    """Wait until no worker spins, or the time is up."""
     deadline = time.perf_counter() + MAX_WAIT_SECONDS
     while time.perf_counter() < deadline:
         used = time.process_time()

@@ -249,10 +249,9 @@ def attention(
         and block_mask is None
         and out is None
         and return_lse is False
-        and layout == "bhld"
         and precision == "highest"
     ):
-        problem = check_arrays(query, key, value, causal, scale)
+        problem = check_arrays(query, key, value, causal, scale, layout)
     else:
         problem = check(
             query,
@@ -605,6 +604,7 @@ def attention_weights(
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(STAGES)}: got {stage!r}")
+    query, key = as_array("query", query), as_array("key", key)
     check_weights(
         query,
         key,

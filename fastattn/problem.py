@@ -259,7 +259,12 @@ _MOST_SEEN = 4096
 
 
 def check_arrays(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, causal: bool | str, scale: float | None
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    causal: bool | str,
+    scale: float | None,
+    layout: str,
 ) -> Problem:
     """Check a call of `attention` without other keywords, in no time if its like was seen before.
 
@@ -269,15 +274,17 @@ def check_arrays(
         type(query) is np.ndarray
         and type(key) is np.ndarray
         and type(value) is np.ndarray
-        and (causal is False or causal is True)
+        and (causal is False or causal is True or type(causal) is str)
         and (scale is None or type(scale) is float)
+        and type(layout) is str
     ):
-        return check(query, key, value, causal=causal, scale=scale)
+        return check(query, key, value, causal=causal, scale=scale, layout=layout)
     dtype = query.dtype
-    name = (query.shape, key.shape, value.shape, dtype, key.dtype, value.dtype, causal, scale)
+    shapes = query.shape, key.shape, value.shape
+    name = (shapes, dtype, key.dtype, value.dtype, causal, scale, layout)
     seen = _seen.get(name)
     if seen is None:
-        problem = check(query, key, value, causal=causal, scale=scale)
+        problem = check(query, key, value, causal=causal, scale=scale, layout=layout)
         is_simple = dtype == key.dtype == value.dtype == problem.result.dtype and dtype.isnative
         if is_simple and not problem.owners and query.ndim == key.ndim == value.ndim:
             if len(_seen) >= _MOST_SEEN:
@@ -291,6 +298,8 @@ def check_arrays(
     v: Array
     q, k, v, result = query, key, value, np.empty(frame.result, dtype)
     o: Array = result
+    if layout == "blhd":
+        q, k, v, o = (x.swapaxes(-3, -2) for x in (q, k, v, o))
     if axes:
         q, k, v, o = q[axes], k[axes], v[axes], o[axes]
     if form.view is _BITS:
@@ -515,13 +524,19 @@ def as_array(name: str, x: Any) -> Array:
     """Return x as an ndarray, without a copy where it is one or offers its memory."""
     if type(x) is np.ndarray:
         return x
-    if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
-        return np.from_dlpack(x)
     try:
+        if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
+            return np.from_dlpack(x)
         return np.asarray(x)
     except ValueError as error:
         raise ValueError(
             f"{name} must be an array or nested lists of equal lengths: {error}"
+        ) from None
+    except (TypeError, RuntimeError, BufferError) as error:
+        # What arrays of other libraries say that NumPy cannot read: on a device, wanting gradients.
+        raise TypeError(
+            f"{name} must be readable by NumPy: got {type(x).__name__}: {error} "
+            "(fastattn.integrations has functions for torch and JAX)"
         ) from None
 
 

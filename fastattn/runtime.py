@@ -79,6 +79,11 @@ def set_num_threads(n: int) -> None:
     _threads = int(n)
 
 
+def threading_layer() -> str | None:
+    """Return the layer of Numba's that calls of this library have started, None before that."""
+    return _layer
+
+
 def get_num_threads() -> int:
     """Return how many threads the calls of this library use, at most.
 

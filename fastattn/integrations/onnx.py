@@ -19,17 +19,14 @@ from numpy.typing import NDArray
 
 from fastattn.arguments import check_int
 from fastattn.attention import attention, attention_weights
+from fastattn.integrations import needs
 from fastattn.layers import join_heads, split_heads
 from fastattn.positions import apply_rotary
 from fastattn.problem import STAGES, check_range, is_float
 
-try:
+with needs("onnx"):
     from onnx import TensorProto
     from onnx.reference.op_run import OpRun
-except ImportError as error:
-    raise ImportError(
-        "fastattn.integrations.onnx needs the package onnx: pip install 'fastattn[onnx]'"
-    ) from error
 
 __all__ = ["Attention", "RotaryEmbedding"]
 
@@ -38,7 +35,7 @@ Array = NDArray[Any]
 _PRECISIONS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
-class _Operator(OpRun):  # type: ignore[misc]  # onnx is not there when types are checked
+class _Operator(OpRun):
     """What the two have in common: inputs that a node leaves out are None.
 
     The evaluator keeps results by name, "" among them. An output that a node does not name is then

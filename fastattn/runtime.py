@@ -11,7 +11,9 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -22,6 +24,7 @@ from fastattn.problem import check_dtype
 
 _threads: int | None = None
 _in_forked_child = False
+_among_others: ContextVar[bool] = ContextVar("_among_others", default=False)
 # Numba's workqueue aborts the process when two Python threads launch at once. Before the first
 # launch nobody knows which layer it will be, so every launch tries for the lock until then.
 _launching = threading.Lock()
@@ -100,11 +103,23 @@ def usable_threads() -> int:
     """Return how many threads a call may use here and now.
 
     One in a forked child, unless the layer is known to survive a fork: under OpenMP the child
-    would hang or die at its first launch.
+    would hang or die at its first launch. One `among_others`, where nobody has set a number.
     """
     if _in_forked_child and _layer not in ("tbb", "workqueue"):
         return 1
+    if _threads is None and _among_others.get():
+        return 1
     return get_num_threads()
+
+
+@contextmanager
+def among_others() -> Iterator[None]:
+    """Within this, calls are tasks of a scheduler that has given the other cores to other tasks."""
+    token = _among_others.set(True)
+    try:
+        yield
+    finally:
+        _among_others.reset(token)
 
 
 def launch(kernel: int, record: Any, workers: int) -> None:

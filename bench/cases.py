@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
-Variant = Literal["mask", "key_padding", "bias"]
+import fastattn
+from fastattn import masks
+
+Variant = Literal[
+    "mask",
+    "key_padding",
+    "bias",
+    "softcap",
+    "alibi",
+    "score_mod",
+    "window",
+    "documents",
+    "ragged",
+]
 
 
 @dataclass(frozen=True)
@@ -20,6 +34,7 @@ class Goal:
     torch: float | None = None  # speed over that of PyTorch
     peak: float | None = None  # share of the multiply-add peak
     plain: float | None = None  # time as a multiple of the plain case's
+    rate: float | None = None  # flops in a second as a share of the plain case's
     reading: float | None = None  # share of the rate at which memory is read
 
 
@@ -98,8 +113,12 @@ class Inputs:
     query: np.ndarray
     key: np.ndarray
     value: np.ndarray
-    mask: np.ndarray | None
-    bias: np.ndarray | None
+    mask: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    softcap: float | None = None
+    lengths: np.ndarray | None = None  # rows of each batch entry, the others being padding
+    # What `fastattn.attention` is given in place of a mask or bias, which is what others need.
+    keywords: dict[str, Any] = field(default_factory=dict)
 
     @property
     def flops(self) -> float:
@@ -110,8 +129,17 @@ class Inputs:
             visible = np.tri(seqlen_q, seqlen_kv, seqlen_kv - seqlen_q, dtype=bool)
         if self.mask is not None:
             visible = visible & self.mask
+        if self.lengths is not None:
+            visible = visible & (np.arange(seqlen_q)[:, None] < self.lengths[:, None, None, None])
         pairs = visible.mean() * seqlen_q * seqlen_kv * math.prod(self.query.shape[:-2])
         return float(2 * pairs * (self.query.shape[-1] + self.value.shape[-1]))
+
+    def without_padding(self, out: np.ndarray) -> np.ndarray:
+        """Return an output with zeros in the rows that are padding, which is anyone's."""
+        if self.lengths is None:
+            return out
+        rows = np.arange(out.shape[-2])[:, None]
+        return np.where(rows < self.lengths[:, None, None, None], out, 0)
 
     @property
     def bytes_read(self) -> float:
@@ -147,7 +175,70 @@ def make_inputs(case: Case) -> Inputs:
         # One for each head, as relative positions have: nothing of it can be read twice.
         shape = (1, *lead[1:], seqlen_q, seqlen_kv)
         bias = rng.standard_normal(shape, dtype=np.float32).astype(case.numpy_dtype)
-    return Inputs(case, query, key, value, mask, bias)
+    inputs = Inputs(case, query, key, value, mask, bias)
+    return _VARIANTS[case.variant](inputs) if case.variant in _VARIANTS else inputs
+
+
+def _softcap(inputs: Inputs) -> Inputs:
+    return replace(inputs, softcap=30.0, keywords={"softcap": 30.0})
+
+
+def _alibi(inputs: Inputs) -> Inputs:
+    slopes = fastattn.alibi_slopes(inputs.query.shape[1])
+    bias = -slopes[:, None, None] * _distances(inputs)
+    return replace(inputs, bias=bias[None], keywords={"alibi_slopes": slopes})
+
+
+def _score_mod(inputs: Inputs) -> Inputs:
+    """ALiBi by hand, with one slope."""
+    bias = np.float32(-0.25) * _distances(inputs)
+    return replace(inputs, bias=bias[None, None], keywords={"score_mod": _tilted})
+
+
+def _tilted(score: float, _b: int, _h: int, i: int, j: int) -> float:
+    return score - 0.25 * abs(i - j)
+
+
+def _distances(inputs: Inputs) -> np.ndarray:
+    i, j = np.ogrid[: inputs.query.shape[-2], : inputs.key.shape[-2]]
+    return np.abs(i - j).astype(np.float32)
+
+
+def _window(inputs: Inputs) -> Inputs:
+    """A causal window of 256 keys."""
+    i, j = np.ogrid[: inputs.query.shape[-2], : inputs.key.shape[-2]]
+    mask = (j <= i) & (i - j < 256)
+    keywords = {"causal": True, "window": (255, 0)}
+    return replace(inputs, mask=mask[None, None], keywords=keywords)
+
+
+def _documents(inputs: Inputs) -> Inputs:
+    """Causal documents of 256 to 1792 tokens, end to end, as a block mask."""
+    lengths = [256, 1792, 1024, 512, 1536, 768, 1280, 1024]
+    segments = np.repeat(np.arange(len(lengths)), lengths)
+    seqlen = len(segments)
+    mod = masks.and_masks(masks.causal(), masks.document(segments))
+    mask = np.tri(seqlen, dtype=bool) & (segments[:, None] == segments)
+    keywords = {"block_mask": fastattn.create_block_mask(mod, 1, 1, seqlen, seqlen)}
+    return replace(inputs, mask=mask[None, None], keywords=keywords)
+
+
+def _ragged(inputs: Inputs) -> Inputs:
+    """Sequences of very different lengths: packed, or padded and masked for the others."""
+    batch, _, seqlen, _ = inputs.query.shape
+    lengths = seqlen * np.arange(1, batch + 1) ** 2 // batch**2
+    mask = np.arange(seqlen) < lengths[:, None, None, None]
+    return replace(inputs, mask=mask, lengths=lengths)
+
+
+_VARIANTS: dict[str | None, Callable[[Inputs], Inputs]] = {
+    "softcap": _softcap,
+    "alibi": _alibi,
+    "score_mod": _score_mod,
+    "window": _window,
+    "documents": _documents,
+    "ragged": _ragged,
+}
 
 
 _HALF = Goal(peer=1.15, plain=1 / 0.9)
@@ -188,6 +279,13 @@ CASES: tuple[Case, ...] = (
     Case("T6", (1, 12, 1024, 64), Goal(plain=1.15), variant="mask"),
     Case("T6", (1, 12, 1024, 64), Goal(plain=1.15), variant="key_padding"),
     Case("T6", (1, 12, 1024, 64), Goal(plain=1.15), variant="bias"),
+    Case("T6", (1, 12, 1024, 64), Goal(plain=1.15), variant="alibi"),
+    Case("T6", (1, 12, 1024, 64), Goal(plain=1.3), variant="softcap"),
+    Case("T6", (1, 12, 1024, 64), Goal(plain=1.5), variant="score_mod"),
+    # Hidden blocks: the time is to be that of the visible ones.
+    Case("T7", (1, 2, 8192, 64), Goal(rate=0.75), variant="window"),
+    Case("T7", (1, 2, 8192, 64), Goal(rate=0.75), variant="documents"),
+    Case("T7", (8, 8, 1024, 64), Goal(rate=0.75), variant="ragged"),
     *_decode(batch=1),
     *_decode(batch=8),
     Case("T10", (1, 1, 4, 4), is_small=True),

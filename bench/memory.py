@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,43 @@ SEQLEN = 16384
 HEAD_DIM = 64
 GOAL_BYTES = 16 << 20
 
-_PADDING = np.arange(SEQLEN) < SEQLEN - 100
 
-# Variants whose own arrays are small: the point is what the call allocates, not the caller.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("float32", {}),
-    "causal": ("float32", {"causal": True}),
-    "key padding": ("float32", {"mask": _PADDING}),
-    "bias": ("float32", {"bias": np.where(_PADDING, 0.5, -np.inf).astype(np.float32)}),
-    "kv_lengths": ("float32", {"kv_lengths": SEQLEN - 100}),
-    "lse": ("float32", {"return_lse": True}),
-    "float16": ("float16", {}),
-    "float64": ("float64", {}),
+def _padding(seqlen: int) -> np.ndarray:
+    return np.arange(seqlen) < seqlen - 100
+
+
+def _nearby(_b: int, _h: int, i: int, j: int) -> bool:
+    return abs(i - j) < 1000
+
+
+def _tilted(score: float, _b: int, _h: int, i: int, j: int) -> float:
+    return score - 0.01 * abs(i - j)
+
+
+# Variants whose own arrays are small: the point is what the call allocates, not the caller. Each is
+# the keywords for so many tokens.
+VARIANTS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "plain": ("float32", lambda _: {}),
+    "causal": ("float32", lambda _: {"causal": True}),
+    "key padding": ("float32", lambda n: {"mask": _padding(n)}),
+    "bias": (
+        "float32",
+        lambda n: {"bias": np.where(_padding(n), 0.5, -np.inf).astype(np.float32)},
+    ),
+    "kv_lengths": ("float32", lambda n: {"kv_lengths": n - 100}),
+    "lse": ("float32", lambda _: {"return_lse": True}),
+    "window": ("float32", lambda _: {"window": (255, 0)}),
+    "softcap": ("float32", lambda _: {"softcap": 30.0}),
+    "alibi": ("float32", lambda _: {"alibi_slopes": [0.25]}),
+    "sinks": ("float32", lambda _: {"sinks": [1.0]}),
+    "score_mod": ("float32", lambda _: {"score_mod": _tilted}),
+    "mask_mod": ("float32", lambda _: {"mask_mod": _nearby}),
+    "block mask": (
+        "float32",
+        lambda n: {"block_mask": fastattn.create_block_mask(_nearby, 1, 1, n, n)},
+    ),
+    "float16": ("float16", lambda _: {}),
+    "float64": ("float64", lambda _: {}),
 }
 
 
@@ -55,7 +81,7 @@ def measure_growth(variant: str) -> int:
 
 def growth_here(variant: str) -> int:
     """Measure in this process, which must not have peaked higher for anything else since."""
-    dtype, keywords = VARIANTS[variant]
+    dtype, keywords_for = VARIANTS[variant]
     fastattn.set_num_threads(THREADS)
     rng = np.random.default_rng(12)
     query, key, value = rng.standard_normal((3, 1, 1, SEQLEN, HEAD_DIM)).astype(dtype)
@@ -63,14 +89,10 @@ def growth_here(variant: str) -> int:
 
     # Compiling and starting threads take memory too, but once. A small call of the same kind
     # has done both.
-    small = slice(0, 256)
-    shorter: dict[str, Any] = {
-        name: each[small] if isinstance(each, np.ndarray) else each
-        for name, each in keywords.items()
-    }
-    if "kv_lengths" in shorter:
-        shorter["kv_lengths"] = 200
-    fastattn.attention(*(each[..., small, :] for each in (query, key, value)), **shorter)
+    small = 256
+    short = (each[..., :small, :] for each in (query, key, value))
+    fastattn.attention(*short, **keywords_for(small))
+    keywords = keywords_for(SEQLEN)
 
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")

@@ -74,14 +74,16 @@ class Provider:
 def prepare_fastattn(inputs: Inputs) -> Prepared:
     """Prepare `fastattn.attention` as a user calls it, output array included."""
     fastattn.set_num_threads(THREADS)
-    keywords: dict[str, Any] = {}
-    if inputs.mask is not None:
+    keywords = dict(inputs.keywords)
+    if inputs.mask is not None and not keywords:
         keywords["mask"] = inputs.mask
-    if inputs.bias is not None:
+    if inputs.bias is not None and not keywords:
         keywords["bias"] = inputs.bias
     if inputs.case.causal:
         keywords["causal"] = True
     query, key, value = inputs.query, inputs.key, inputs.value
+    if inputs.lengths is not None:
+        return _prepare_packed(inputs, inputs.lengths)
     if inputs.case.dtype == "int8":
         batch, num_kv_heads, seqlen_kv, head_dim = key.shape
         cache = fastattn.KVCache(batch, num_kv_heads, head_dim, seqlen_kv, dtype=np.int8)
@@ -90,15 +92,35 @@ def prepare_fastattn(inputs: Inputs) -> Prepared:
     return Prepared(lambda: fastattn.attention(query, key, value, **keywords))
 
 
+def _prepare_packed(inputs: Inputs, lengths: np.ndarray) -> Prepared:
+    """Prepare `fastattn.varlen_attention` of the rows that are no padding."""
+    starts = np.cumsum([0, *lengths])
+    query, key, value = (
+        np.concatenate([x[:, :n].swapaxes(0, 1) for x, n in zip(each, lengths, strict=True)])
+        for each in (inputs.query, inputs.key, inputs.value)
+    )
+
+    def to_numpy(out: Any) -> np.ndarray:
+        padded = np.zeros_like(inputs.query)
+        for b, n in enumerate(lengths):
+            padded[b, :, :n] = out[starts[b] : starts[b + 1]].swapaxes(0, 1)
+        return padded
+
+    return Prepared(lambda: fastattn.varlen_attention(query, key, value, starts), to_numpy)
+
+
 def naive_attention(
     query: np.ndarray,
     key: np.ndarray,
     value: np.ndarray,
     hidden: np.ndarray | None,
     bias: np.ndarray | None,
+    softcap: float | None = None,
 ) -> np.ndarray:
-    """Compute what everybody writes first: four lines, and two for what a case may add."""
+    """Compute what everybody writes first: four lines, and three for what a case may add."""
     scores = query @ key.swapaxes(-1, -2) * query.dtype.type(1 / math.sqrt(query.shape[-1]))
+    if softcap is not None:
+        scores = np.tanh(scores / softcap) * softcap
     if bias is not None:
         scores += bias
     if hidden is not None:
@@ -130,7 +152,7 @@ def prepare_naive(inputs: Inputs) -> Prepared:
             key, value = (np.repeat(each, group_size, axis=-3) for each in (key, value))
         if case.numpy_dtype.itemsize == 2:
             query, key, value = (each.astype(np.float32) for each in (query, key, value))
-        out = naive_attention(query, key, value, hidden, bias)
+        out = naive_attention(query, key, value, hidden, bias, inputs.softcap)
         return out.astype(case.numpy_dtype, copy=False)
 
     return Prepared(run)
@@ -301,7 +323,7 @@ def prepare_onnxruntime(inputs: Inputs) -> Prepared:
         )
     attention_bias = inputs.bias
     if inputs.mask is not None:
-        shape = (1, 1, seqlen_q, seqlen_kv)
+        shape = (len(inputs.mask), 1, seqlen_q, seqlen_kv)
         hidden = ~np.broadcast_to(inputs.mask, shape)
         attention_bias = np.where(hidden, -np.inf, 0).astype(case.numpy_dtype)
     return _onnxruntime_call(
@@ -362,11 +384,20 @@ def prepare_jax(inputs: Inputs) -> Prepared:
     return Prepared(lambda: call(query, key, value, extra).block_until_ready(), to_numpy)
 
 
+def _without_softcap(prepare: Callable[[Inputs], Prepared]) -> Callable[[Inputs], Prepared]:
+    def refuse_or_prepare(inputs: Inputs) -> Prepared:
+        if inputs.softcap is not None:
+            raise UnsupportedError("has no softcap")
+        return prepare(inputs)
+
+    return refuse_or_prepare
+
+
 FASTATTN = Provider("fastattn", "fastattn", prepare_fastattn)
 NAIVE = Provider("NumPy", "numpy", prepare_naive)
 PEERS = (
-    Provider("PyTorch", "torch", prepare_torch),
-    Provider("OpenVINO", "openvino", prepare_openvino),
-    Provider("onnxruntime", "onnxruntime", prepare_onnxruntime),
-    Provider("JAX", "jax", prepare_jax),
+    Provider("PyTorch", "torch", _without_softcap(prepare_torch)),
+    Provider("OpenVINO", "openvino", _without_softcap(prepare_openvino)),
+    Provider("onnxruntime", "onnxruntime", _without_softcap(prepare_onnxruntime)),
+    Provider("JAX", "jax", _without_softcap(prepare_jax)),
 )

@@ -72,6 +72,15 @@ def glue(function: Callable[..., Any]) -> Any:
     return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_FLAGS)(function)
 
 
+def foreign(function: Callable[..., Any]) -> Any:
+    """A function that somebody else wrote, compiled into what calls it.
+
+    Without counting references: its arrays outlive it, and a count for every score, which no other
+    core may change meanwhile, takes twenty times as long as the function. It cannot allocate.
+    """
+    return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False, **_FLAGS)(function)
+
+
 def inline(function: Callable[..., Any]) -> Any:
     """A few lines that Numba copies into a short caller, not compiled by themselves."""
     return njit(inline="always", **_FLAGS)(function)

@@ -24,7 +24,7 @@ from numba.core import errors
 from numba.extending import overload
 from numba.np.numpy_support import from_dtype
 
-from .compile import glue, kernel
+from .compile import foreign, glue, kernel
 from .fingerprint import fingerprint, globals_of
 from .record import TILE
 from .simd import lanes, map_lanes, on, pointer, record_type, splat, value_at
@@ -181,7 +181,7 @@ def _jitted(function: python.FunctionType) -> Any:
                 tuple(python.CellType() for _ in value.__closure__ or ()) or None,
             )
             copy.__qualname__ = f"{value.__qualname__}_{next(_copies)}"
-            copies[value] = glue(copy)
+            copies[value] = foreign(copy)
             for cell, held in zip(copy.__closure__ or (), value.__closure__ or (), strict=True):
                 cell.cell_contents = jit(held.cell_contents)
             for name, held in globals_of(value).items():

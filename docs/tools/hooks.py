@@ -1,0 +1,42 @@
+"""What the site takes from elsewhere, so that each thing is written in one place.
+
+Pages of the repository keep their paths, and with them the links between them. Pictures are drawn
+by the code that stands beside them, and measurements come from the runs that were saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from blocks import run
+from measured import tables
+
+_ROOT = Path(__file__).parents[2]
+_REPOSITORY = ("CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md", "kernels/README.md")
+_GALLERY = "gallery.md"
+_MEASURED = "<!-- the runs in bench/history -->"
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the pages of the repository, and the pictures that the gallery draws."""
+    for name in _REPOSITORY:
+        files.append(File.generated(config, name, abs_src_path=str(_ROOT / name)))
+    with TemporaryDirectory() as folder, contextlib.chdir(folder):
+        run(Path(config.docs_dir, _GALLERY))
+        for picture in sorted(Path(folder).glob("*.png")):
+            files.append(File.generated(config, picture.name, content=picture.read_bytes()))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put in what was measured, where a page asks for it."""
+    return markdown.replace(_MEASURED, tables()) if _MEASURED in markdown else markdown

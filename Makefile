@@ -22,8 +22,7 @@ test: $(STAMPS)/test  ## Run the tests, those in docstrings included
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(STAMPS)/bench  ## Measure against the peers; saves bench/results/latest.json
-	@mkdir -p bench/results
-	$(BIN)/python -m pytest bench --benchmark-json=bench/results/latest.json $(ARGS)
+	$(BIN)/python -m pytest bench $(ARGS)
 
 docs: $(STAMPS)/docs  ## Build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

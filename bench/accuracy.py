@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cases import Case, make_inputs
-from .measure import largest_error, reference_output, tolerance
-from .providers import FASTATTN, hidden_pairs, naive_attention
+from fastattn.bench.cases import Case, make_inputs
+from fastattn.bench.measure import largest_error, reference_output, tolerance
+from fastattn.bench.providers import FASTATTN, hidden_pairs, naive_attention
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 

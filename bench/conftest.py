@@ -1,46 +1,52 @@
-"""What pytest does with the results: keeps them in the saved run, and prints them at the end."""
+"""What pytest does with the results: saves them as a run, and prints them at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import report
-from .limits import vector_bytes
-from .machine import THREADS
-from .providers import FASTATTN, NAIVE, PEERS
+from fastattn.bench import table
+from fastattn.bench.saved import Row, Run
 
-RESULTS = pytest.StashKey[list[report.Row]]()
+from . import HISTORY, LATEST
+
+RESULTS = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option to keep a run."""
+    parser.addoption(
+        "--keep", action="store_true", help="keep the run in bench/history, to compare with"
+    )
 
 
 @pytest.fixture
-def keep(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callable[[report.Row], None]:
+def keep(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callable[[Row], None]:
     """Return a function that keeps the result of a test."""
 
-    def keep_row(row: report.Row) -> None:
+    def keep_row(row: Row) -> None:
         benchmark.extra_info.update(row)
         pytestconfig.stash.setdefault(RESULTS, []).append(row)
 
     return keep_row
 
 
-def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Say on what, and against what, a saved run was measured."""
-    machine_info["threads"] = THREADS
-    machine_info["vector_bytes"] = vector_bytes()
-    machine_info["versions"] = {
-        each.name: each.version for each in (FASTATTN, NAIVE, *PEERS) if each.version
-    }
-
-
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Print the tables."""
+    """Save the run and print the tables."""
     rows = config.stash.get(RESULTS, [])
-    if rows:
-        terminalreporter.section("fastattn")
-        terminalreporter.write_line(report.text(rows))
+    if not rows:
+        return
+    run = Run.of(rows)
+    paths = [LATEST]
+    if config.option.keep:
+        paths.append(HISTORY / run.file_name)
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        run.save(path)
+    terminalreporter.section("fastattn")
+    terminalreporter.write_line(table.text(rows))
+    terminalreporter.write_line(f"\nsaved in {' and '.join(map(str, paths))}")

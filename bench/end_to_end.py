@@ -18,10 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import providers  # noqa: F401  # torch first, for the reason that is given there
-from .machine import THREADS
-from .measure import wait_for_quiet
-from .report import duration
+from fastattn.bench.machine import THREADS
+from fastattn.bench.providers import import_torch_first
+from fastattn.bench.table import duration
+from fastattn.bench.timing import wait_for_quiet
+
+import_torch_first()
 
 ROUNDS = 7
 RIVALS = ("sdpa", "fastattn")

@@ -15,8 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
-from .providers import FASTATTN, NAIVE
-from .report import LATEST, Row, load, markdown, timed
+from fastattn.bench.providers import FASTATTN, NAIVE
+from fastattn.bench.saved import Row, Run
+from fastattn.bench.table import markdown
+
+from . import LATEST
 
 FIGURE = Path(__file__).parents[1] / "docs" / "speed.png"
 
@@ -32,8 +35,9 @@ MARKS = {
 INK, QUIET, RULE = "#22252b", "#6a6f7a", "#e4e6ea"
 
 
-def draw(rows: list[Row], machine: dict[str, Any]) -> Figure:
+def draw(run: Run) -> Figure:
     """Draw who reaches which share of the peak, and below it what small calls take."""
+    rows = list(run.speeds.values())
     # T14 is a check of breadth: in the table, but one figure cannot hold everything.
     large = [row for row in rows if row["peak_share"] and row["target"] != "T14"]
     small = [row for row in rows if row["is_small"]]
@@ -69,7 +73,7 @@ def draw(rows: list[Row], machine: dict[str, Any]) -> Figure:
         ncols=len(labels),
         frameon=False,
         labelcolor=INK,
-        title=f"Attention on {machine['cpu']['brand_raw']}, {machine['threads']} threads",
+        title=f"Attention on {run.machine['cpu']}, {run.machine['threads']} threads",
         title_fontproperties={"size": 13, "weight": "bold"},
         alignment="left",
     )
@@ -121,11 +125,10 @@ def _beside(axes: Axes, text: str, y: float) -> None:
 
 def main() -> None:
     """Write the figure, print the table."""
-    run, target = (*map(Path, sys.argv[1:]), *(LATEST, FIGURE)[len(sys.argv) - 1 :])
-    rows, machine = load(run)
-    target.parent.mkdir(exist_ok=True)
-    draw(timed(rows), machine).savefig(target, dpi=150)
-    print(markdown(rows))
+    source, target = (*map(Path, sys.argv[1:]), *(LATEST, FIGURE)[len(sys.argv) - 1 :])
+    run = Run.load(source)
+    draw(run).savefig(target, dpi=150)
+    print(markdown(run.results))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 import fastattn
-
-from .machine import THREADS
+from fastattn.bench.machine import THREADS
 
 SEQLEN = 16384
 HEAD_DIM = 64

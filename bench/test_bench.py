@@ -16,12 +16,13 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from fastattn.bench.cases import CASES, Case
+from fastattn.bench.limits import chains, measure_limits, multiply_add_loop
+from fastattn.bench.measure import Measurement
+from fastattn.bench.saved import Row
+
 from . import memory, startup
 from .accuracy import DTYPES, measure_accuracy
-from .cases import CASES, Case
-from .limits import chains, measure_limits, multiply_add_loop
-from .measure import Measurement
-from .report import Row
 
 Keep = Callable[[Row], None]
 

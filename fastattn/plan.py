@@ -29,7 +29,7 @@ _MOST_ROWS_OF_ONE_CHUNK = 8
 
 # Multiply-adds below which one thread is faster: waking a team of threads takes a few
 # microseconds, in which one core does some hundred thousand of them.
-_SERIAL_WORK = 300_000
+SERIAL_WORK = 300_000
 
 # Query tiles of one work item, at most. A block of keys and values is read from the second-level
 # cache once for all of them, and converted once where it is stored in 16 bits; with more, their
@@ -57,7 +57,7 @@ def plan(frame: Frame, threads: int) -> Plan:
     rows = frame.num_heads // max(frame.num_kv_heads, 1) * frame.seqlen_q
     one_chunk = frame.seqlen_kv <= CHUNK
     is_decode = rows <= (_MOST_ROWS_OF_ONE_CHUNK if one_chunk else _MOST_ROWS)
-    if threads == 1 or work < _SERIAL_WORK:
+    if threads == 1 or work < SERIAL_WORK:
         return Plan(is_decode, _MOST_TILES, 1)
     if is_decode:
         items = frame.batch * frame.num_kv_heads * chunks(frame.seqlen_kv)
@@ -81,7 +81,7 @@ def plan_packed(
     queries = np.diff(packed.starts)
     total = int(queries.sum()) * frame.num_heads
     pairs = int(queries @ packed.lengths) * frame.num_heads
-    serial = threads == 1 or pairs * (frame.head_dim + frame.head_dim_v) < _SERIAL_WORK
+    serial = threads == 1 or pairs * (frame.head_dim + frame.head_dim_v) < SERIAL_WORK
     per_item = -(-total // tile_queries) // (threads * _ITEMS_PER_WORKER)
     tiles = _MOST_TILES if serial else max(1, min(_MOST_TILES, per_item))
 

@@ -1,6 +1,7 @@
 """Pictures of attention: heat maps of one head or all, a shaded sentence, block masks.
 
-Each function returns a `matplotlib.figure.Figure`: its ``savefig`` writes it, a notebook shows it.
+Each returns a `matplotlib.figure.Figure`: its ``savefig`` writes it, a notebook shows it. Only
+`heat_map_text` returns text, for a terminal, and needs no matplotlib.
 Nothing is shown from here, and no style, backend or pyplot state of the process is touched. With
 `ax`, one picture is drawn into axes of the caller's, whose figure comes back.
 
@@ -263,6 +264,95 @@ def saliency(
     label = f"attention from {whose}, mean of the heads"
     _add_scale(image, [ax], shares, label, height, width, orientation="horizontal")
     return _figure_of(ax)
+
+
+def heat_map_text(
+    weights: ArrayLike,
+    queries: Tokens | None = None,
+    keys: Tokens | None = None,
+    *,
+    columns: int = 80,
+    vmax: float | None = None,
+    shades: str = " ░▒▓█",
+) -> str:
+    """Return the weights of one head as lines of block characters: a line for each query.
+
+    A key takes two characters, or one where two do not fit. Where one does not fit either,
+    neighbouring keys share a character, which shows the largest of their weights.
+
+    Parameters
+    ----------
+    weights : array_like, (seqlen_q, seqlen_kv)
+        As `attention_weights` gives them; NaN stays empty.
+    queries, keys : sequences of tokens, optional
+        As for `heat_map`; those of the keys are read downwards.
+    columns : int, optional
+        Width of the lines.
+    vmax : float, optional
+        The weight that has the darkest shade, and with it all above. None is the largest weight.
+    shades : str, optional
+        Characters from no weight to the darkest: ``" .:*#"`` where there are only plain ones.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    TypeError
+        For weights without meaning as numbers.
+    ValueError
+        As `heat_map`; also if `columns` leave no room beside the queries, or for fewer than two
+        shades.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x = 3 * np.eye(3)
+    >>> weights = fastattn.attention_weights(x, x, causal=True)
+    >>> print(fastattn.plot.heat_map_text(weights, ["the", "cat", "sat"], shades=" .:*#"))
+        t c s
+        h a a
+        e t t
+    the ##
+    cat ..##
+    sat ....##
+    ' ' 0   '#' 0.75 to 1
+    """
+    matrix = _as_weights(weights, 2)
+    rows, names = (
+        [str(n) for n in range(count)] if labels is None else labels
+        for labels, count in zip(_labels(matrix, queries, keys), matrix.shape, strict=True)
+    )
+    darkest = _darkest(matrix, vmax)
+    if len(shades) < 2:
+        raise ValueError(f"shades must be at least 2 characters: got {shades!r}")
+    margin = max(map(len, rows)) + 1
+    room = check_int("columns", columns) - margin
+    if room < 1:
+        raise ValueError(f"columns must be more than {margin}, beside the queries: got {columns}")
+
+    together = math.ceil(len(names) / room)
+    width = 2 if 2 * len(names) <= room else 1
+    starts = range(0, len(names), together)
+    largest = np.maximum.reduceat(np.nan_to_num(matrix), starts, axis=1)
+    steps = np.ceil(np.clip(largest / darkest, 0, 1) * (len(shades) - 1)).astype(int)
+    heading = [names[start] for start in starts]
+    deepest = max(map(len, heading))
+    lines = [
+        " " * margin + "".join(f"{letter:{width}}" for letter in letters)
+        for letters in zip(*(name.rjust(deepest) for name in heading), strict=True)
+    ]
+    lines += [
+        f"{row:>{margin - 1}} " + "".join(shades[step] * width for step in line)
+        for row, line in zip(rows, steps, strict=True)
+    ]
+    if together > 1:
+        lines.append(f"{together} keys in a column, which is named after the first of them")
+    above = darkest * (len(shades) - 2) / (len(shades) - 1)
+    lines.append(f"{shades[0]!r} 0   {shades[-1]!r} {above:.2g} to {darkest:.2g}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 # ---------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fastattn.problem import check_dtype
+from fastattn.progress import draw_progress
 
 _threads: int | None = None
 _in_forked_child = False
@@ -193,20 +194,10 @@ def warmup(dtypes: Iterable[DTypeLike] | None = None, progress: bool | None = No
     for n, step in enumerate(steps):
         late = time.monotonic() - begin > _WARM_UP_AFTER
         if progress or (progress is None and sys.stderr.isatty() and late):
-            _draw(n, len(steps))
+            draw_progress("compiling", n, len(steps))
         step()
     if progress or (progress is None and sys.stderr.isatty() and late):
-        _draw(len(steps), len(steps))
-        sys.stderr.write("\n")
-
-
-def _draw(done: int, total: int) -> None:
-    width = 30
-    filled = width * done // max(total, 1)
-    sys.stderr.write(
-        f"\rfastattn: compiling [{'#' * filled}{'.' * (width - filled)}] {done}/{total}"
-    )
-    sys.stderr.flush()
+        draw_progress("compiling", len(steps), len(steps))
 
 
 # ---------------------------------------------------------------------------

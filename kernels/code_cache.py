@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import stat
 import sys
 from functools import cache
@@ -33,7 +34,8 @@ def source_stamp() -> str:
     return digest.hexdigest()[:16]
 
 
-def _root() -> Path | None:
+def root() -> Path | None:
+    """The directory that holds compiled code of every version; None where there can be none."""
     chosen = os.environ.get("FASTATTN_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -63,10 +65,10 @@ def _belongs_to_user(path: Path) -> bool:
 @cache
 def directory() -> Path | None:
     """The directory that holds compiled code, made if need be; None where there can be none."""
-    root = _root()
-    if root is None:
+    top = root()
+    if top is None:
         return None
-    path = root / source_stamp()
+    path = top / source_stamp()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _belongs_to_user(path) or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
@@ -74,6 +76,21 @@ def directory() -> Path | None:
     except OSError:
         return None
     return path
+
+
+def kept() -> dict[Path, int]:
+    """The directories of compiled code that exist, of this version and of others, and their bytes.
+
+    Nothing else that somebody may have put beside them is ever among these.
+    """
+    top = root()
+    if top is None or not top.is_dir():
+        return {}
+    return {
+        path: sum(file.stat().st_size for file in path.iterdir())
+        for path in sorted(top.iterdir())
+        if re.fullmatch(r"[0-9a-f]{16}", path.name) and path.is_dir()
+    }
 
 
 class _Locator(_CacheLocator):

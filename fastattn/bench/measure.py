@@ -1,25 +1,18 @@
 """How a case is measured: checked first, then timed in turns.
 
-All providers are in one process, and their samples take turns, round by round and in an order
-that is shuffled for each round: what the machine does besides (other tenants, frequency,
-temperature) meets everybody alike. The peak of the machine is measured in the same rounds, and
-so is fastattn on the plain case that a variant is compared with.
-
-Every comparison is made within a round, and the median of the rounds is reported. Nobody is
-timed whose result is wrong.
+All providers are in one process and take turns (`timing.py`). The peak of the machine is
+measured in the same rounds, and so is fastattn on the plain case that a variant is compared
+with. Nobody is timed whose result is wrong.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import product, repeat
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,21 +22,14 @@ from fastattn import reference
 from .cases import Case, Inputs, make_inputs
 from .limits import multiply_adds, reading
 from .machine import THREADS
-from .providers import FASTATTN, NAIVE, PEERS, Prepared
-
-# A sample is as many calls as fill this time: less would measure the clock and the scheduler.
-SAMPLE_SECONDS = 0.02
-
-# Workers of some libraries go on spinning after a call, up to a tenth of a second, on a core that
-# somebody else wants by then: PyTorch is half as fast while NumPy's BLAS still waits for work.
-# Nobody starts before all is quiet for one interval, longer than the ticks of CPU accounting.
-QUIET_SECONDS = 0.012
-MAX_WAIT_SECONDS = 0.5
+from .providers import FASTATTN, NAIVE, PEERS, Provider, import_torch_first
+from .timing import QUIET_SECONDS, Contender, Prepared, ratio, take_round
 
 # As many rounds as fit the time, within these bounds.
 MIN_ROUNDS = 7
 MAX_ROUNDS = 15
 CASE_SECONDS = 6.0
+QUICK_SECONDS = 1.5
 
 # The distance from 1 to the next larger number.
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -138,84 +124,18 @@ def tolerance(case: Case, naive_error: float, expected: np.ndarray, times: float
 # ---------------------------------------------------------------------------
 
 
-@dataclass
-class Contender:
-    """Something whose time is taken.
+class Measurement:
+    """One case: who can do it, how wrong they are, and how long they take.
 
-    For each round, `seconds` has what one call took, and `cores` the share of all cores that
-    this process had meanwhile.
+    The number of rounds is what fits `seconds`, within bounds.
     """
 
-    name: str
-    prepared: Prepared
-    calls: int = 1
-    seconds: list[float] = field(default_factory=list)
-    cores: list[float] = field(default_factory=list)
-
-    def calibrate(self) -> float:
-        """Find out how many calls fill a sample; return the seconds that they take."""
-        self.calls = 1
-        while (elapsed := self._elapsed()) < SAMPLE_SECONDS:
-            self.calls = math.ceil(self.calls * min(10.0, 1.2 * SAMPLE_SECONDS / elapsed))
-        return elapsed
-
-    def sample(self) -> None:
-        """Take a sample."""
-        wait_for_quiet()
-        if self.calls > 1:
-            # Wakes this library's workers and brings its code and data back into the caches.
-            self.prepared.run()
-        used = time.process_time()
-        elapsed = self._elapsed()
-        self.cores.append((time.process_time() - used) / (elapsed * THREADS))
-        self.seconds.append(elapsed / self.calls)
-
-    @property
-    def median(self) -> float:
-        """The median over the rounds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """The distance between the quartiles as a share of the median."""
-        if len(self.seconds) < 2:
-            return 0.0
-        lower, _, upper = statistics.quantiles(self.seconds, n=4)
-        return (upper - lower) / self.median
-
-    def _elapsed(self) -> float:
-        run = self.prepared.run
-        start = time.perf_counter()
-        for _ in repeat(None, self.calls):
-            run()
-        return time.perf_counter() - start
-
-
-def wait_for_quiet() -> None:
-    """Wait until no worker spins, or the time is up."""
-    deadline = time.perf_counter() + MAX_WAIT_SECONDS
-    while time.perf_counter() < deadline:
-        used = time.process_time()
-        time.sleep(QUIET_SECONDS)
-        if time.process_time() - used < QUIET_SECONDS / 10:
-            return
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-class Measurement:
-    """One case: who can do it, how wrong they are, and how long they take."""
-
-    def __init__(self, case: Case) -> None:
+    def __init__(
+        self, case: Case, *, peers: Sequence[Provider] = PEERS, seconds: float = CASE_SECONDS
+    ) -> None:
+        import_torch_first()
         self.case = case
+        self.peers = peers
         self.inputs = make_inputs(case)
         self.errors: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
@@ -231,23 +151,19 @@ class Measurement:
             self._enter(PLAIN, plain)
             self.plain_flops = plain_inputs.flops
         # 16-bit types are computed in float32.
-        self.peak = multiply_adds("float64" if case.dtype == "float64" else "float32")
-        self.contenders[PEAK] = Contender(PEAK, Prepared(self.peak.run))
-        self.reading = reading() if case.goal.reading is not None else None
-        if self.reading is not None:
-            self.contenders[READING] = Contender(READING, Prepared(self.reading.run))
+        peak = multiply_adds("float64" if case.dtype == "float64" else "float32")
+        self._enter(PEAK, Prepared(peak.run), times=peak.amount / self.inputs.flops)
+        if case.is_decode:
+            read = reading()
+            self._enter(READING, Prepared(read.run), times=read.amount / self.inputs.bytes_read)
         seconds_per_round = 0.0
         for contender in self.contenders.values():
             seconds_per_round += contender.calibrate() + QUIET_SECONDS
-        self.rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(CASE_SECONDS / seconds_per_round)))
+        self.rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / seconds_per_round)))
 
     def take_round(self) -> float:
-        """Take one sample of everybody, in random order; return fastattn's seconds for a call."""
-        contenders = list(self.contenders.values())
-        self._random.shuffle(contenders)
-        with _without_garbage_collection():
-            for contender in contenders:
-                contender.sample()
+        """Take one sample of everybody; return fastattn's seconds for a call."""
+        take_round(self.contenders.values(), self._random)
         return self.contenders[FASTATTN.name].seconds[-1]
 
     def summary(self) -> dict[str, Any]:
@@ -260,34 +176,39 @@ class Measurement:
             if name not in (own.name, PLAIN, PEAK, READING)
         ]
         best = min(rivals, key=lambda each: each.median)
-        speed_over = {each.name: _ratio(each.seconds, own.seconds) for each in rivals}
+        speed_over = {each.name: ratio(each.seconds, own.seconds) for each in rivals}
         peak = self.contenders[PEAK]
         peak_share = {}
         if not case.is_small:
-            peak_share = {
-                each.name: _ratio(peak.seconds, each.seconds) * flops / self.peak.amount
-                for each in (own, *rivals)
-            }
+            peak_share = {each.name: ratio(peak.seconds, each.seconds) for each in (own, *rivals)}
         reading_share = None
-        if self.reading is not None:
-            share = self.inputs.bytes_read / self.reading.amount
-            reading_share = _ratio(self.contenders[READING].seconds, own.seconds) * share
+        if READING in self.contenders:
+            reading_share = ratio(self.contenders[READING].seconds, own.seconds)
         time_of_plain = None
         if PLAIN in self.contenders:
-            time_of_plain = _ratio(own.seconds, self.contenders[PLAIN].seconds)
+            time_of_plain = ratio(own.seconds, self.contenders[PLAIN].seconds)
+        # What runs on one thread is compared with NumPy on one, or else with what limits it.
+        yardstick = self.contenders.get(READING, peak)
+        share = 1
+        if case.is_small:
+            yardstick, share = self.contenders[NAIVE.name], THREADS
         return {
             "target": case.target,
             "case": case.name,
             "dtype": case.dtype,
             "is_small": case.is_small,
             "flops": flops,
+            "bytes": self.inputs.bytes_moved,
             "rounds": len(own.seconds),
             "seconds": {name: each.median for name, each in self.contenders.items()},
             "spread": {name: each.spread for name, each in self.contenders.items()},
             "samples": {name: each.seconds for name, each in self.contenders.items()},
+            "yardstick": yardstick.name,
+            # In each round, the share that it had of the cores that it can use.
+            "yardstick_cores": [share * each for each in yardstick.cores],
             # While only multiply-adds run, every core is ours, unless somebody else wants it.
             "cores": statistics.median(peak.cores),
-            "fma_peak": self.peak.amount / peak.median,
+            "fma_peak": flops / peak.median,
             "peak_share": peak_share,
             "reading_share": reading_share,
             "speed_over": speed_over,
@@ -303,8 +224,8 @@ class Measurement:
     def _enter_providers(self) -> None:
         expected = reference_output(self.inputs)
         allowed = tolerance(self.case, _naive_error(self.case, expected), expected)
-        for provider in (NAIVE, FASTATTN, *PEERS):
-            if provider in PEERS and provider.version is None:
+        for provider in (NAIVE, FASTATTN, *self.peers):
+            if provider in self.peers and provider.version is None:
                 self.left_out[provider.name] = "not installed"
                 continue
             try:
@@ -312,22 +233,22 @@ class Measurement:
                 error = largest_error(result_of(prepared, self.inputs), expected)
             except Exception as reason:
                 # Whatever a peer raises for what it cannot do, it is the peer's answer.
-                if provider not in PEERS:
+                if provider not in self.peers:
                     raise
                 self.left_out[provider.name] = str(reason).strip().partition("\n")[0]
                 continue
             self.errors[provider.name] = error
             if error <= allowed:
                 self._enter(provider.name, prepared)
-            elif provider not in PEERS:
+            elif provider not in self.peers:
                 raise WrongResultError(
                     f"{provider.name}, {self.case.name}: wrong by {error:.2e}, not {allowed:.2e}"
                 )
             else:
-                self.left_out[provider.name] = "further from float64 than rounding explains"
+                self.left_out[provider.name] = f"wrong by {error:.1e}, not {allowed:.1e}"
 
-    def _enter(self, name: str, prepared: Prepared) -> None:
-        self.contenders[name] = Contender(name, prepared)
+    def _enter(self, name: str, prepared: Prepared, times: float = 1.0) -> None:
+        self.contenders[name] = Contender(name, prepared, times)
 
     def _goals(
         self,
@@ -362,8 +283,3 @@ class Measurement:
             for what, bound, reached, at_least in rows
             if bound is not None and reached is not None
         ]
-
-
-def _ratio(over: list[float], under: list[float]) -> float:
-    """Return the median of the ratios within each round."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))

@@ -2,28 +2,35 @@
 
 The network is `sentence-transformers/all-MiniLM-L6-v2`: BERT (Devlin et al. 2018,
 arXiv:1810.04805) with 6 layers of 12 heads, whose token vectors are averaged and normalised.
-Because attention is a parameter, the same weights run with `fastattn.attention` and with the few
-lines of NumPy in `naive_attention`, and any difference between two runs is one in attention alone.
+Because attention is a parameter, the same weights run with `fastattn.attention` and with anything
+else, and any difference between two runs is one in attention alone (`examples/semantic_search.py`
+shows it). The command ``fastattn heatmap`` draws what the network attends to.
 
     encoder = SentenceEncoder.from_folder("model")
     embeddings = encoder.encode(["The first text.", "The second."])      # (2, 384) float32
     similarity = embeddings @ embeddings.T                               # cosines: rows have norm 1
 """
 
+from __future__ import annotations
+
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from tokenizers import Encoding, Tokenizer
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-import fastattn
+from fastattn.attention import attention as fused_attention
+from fastattn.attention import attention_weights
+from fastattn.progress import draw_progress
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+Array = NDArray[Any]
 
 HIDDEN = 384
 LAYERS = 6
@@ -53,45 +60,17 @@ CONFIG = {
 
 # query, key, value of shape (batch, heads, length, head_dim) and the keyword kv_lengths of shape
 # (batch,), the number of real tokens of each text; returns the shape of query.
-Attention = Callable[..., np.ndarray]
-
-
-def naive_attention(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, *, kv_lengths: np.ndarray
-) -> np.ndarray:
-    """Textbook attention: the whole score matrix in memory, one matrix product on either side."""
-    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
-    is_padding = np.arange(key.shape[-2]) >= kv_lengths[:, None, None, None]
-    scores = np.where(is_padding, -np.inf, scores)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights @ value / weights.sum(axis=-1, keepdims=True)
-
-
-@dataclass
-class TimedAttention:
-    """An attention function that remembers how many seconds each of its calls took."""
-
-    attention: Attention
-    seconds: list[float] = field(default_factory=list)
-
-    def __call__(
-        self, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, kv_lengths: np.ndarray
-    ) -> np.ndarray:
-        """Call the function and note how long it took."""
-        start = time.perf_counter()
-        output = self.attention(query, key, value, kv_lengths=kv_lengths)
-        self.seconds.append(time.perf_counter() - start)
-        return output
+Attention = Callable[..., Array]
 
 
 @dataclass(frozen=True)
 class Linear:
     """`x @ weight.T + bias`, with `weight` as PyTorch stores it: (out features, in features)."""
 
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: Array
+    bias: Array
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: Array) -> Array:
         """Return x @ weight.T + bias."""
         product = x @ self.weight.T
         product += self.bias
@@ -102,19 +81,19 @@ class Linear:
 class LayerNorm:
     """Each row to mean 0 and variance 1, then scaled and shifted (Ba et al. 2016, section 3)."""
 
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: Array
+    bias: Array
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: Array) -> Array:
         """Return the normalised rows."""
-        centred = x - x.mean(axis=-1, keepdims=True)
+        centred: Array = x - x.mean(axis=-1, keepdims=True)
         variance = np.square(centred).mean(axis=-1, keepdims=True)
         centred *= self.weight / np.sqrt(variance + NORM_EPSILON)
         centred += self.bias
         return centred
 
 
-def gelu(x: np.ndarray) -> np.ndarray:
+def gelu(x: Array) -> Array:
     """`x * (1 + erf(x / sqrt(2))) / 2`, within 1e-6 (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 
     NumPy has no erf. This is formula 7.1.26 of Abramowitz and Stegun (1964), whose error in erf is
@@ -142,19 +121,19 @@ class EncoderLayer:
     narrow: Linear
     output_norm: LayerNorm
 
-    def __call__(self, x: np.ndarray, lengths: np.ndarray, attention: Attention) -> np.ndarray:
+    def __call__(self, x: Array, lengths: Array, attention: Attention) -> Array:
         """x is (batch * length, HIDDEN): texts padded to one length, one after another."""
         x = self.attention_norm(x + self.attention_output(self._attend(x, lengths, attention)))
         return self.output_norm(x + self._feed_forward(x))
 
-    def _attend(self, x: np.ndarray, lengths: np.ndarray, attention: Attention) -> np.ndarray:
+    def _attend(self, x: Array, lengths: Array, attention: Attention) -> Array:
         # One product for all three, cut into views: (3, batch, heads, length, head_dim), no copies.
         split = self.query_key_value(x).reshape(len(lengths), -1, 3, HEADS, HEAD_DIM)
         query, key, value = split.transpose(2, 0, 3, 1, 4)
         context = attention(query, key, value, kv_lengths=lengths)
         return context.transpose(0, 2, 1, 3).reshape(x.shape)
 
-    def _feed_forward(self, x: np.ndarray, rows: int = 128) -> np.ndarray:
+    def _feed_forward(self, x: Array, rows: int = 128) -> Array:
         # The widened rows pass through a dozen element-wise steps. A few rows at a time, they stay
         # in the processor's cache instead of going to memory and back at every step.
         output = np.empty_like(x)
@@ -167,7 +146,7 @@ class EncoderLayer:
 class SentenceEncoder:
     """Turns texts into vectors whose dot product is their similarity in meaning."""
 
-    def __init__(self, tensors: dict[str, np.ndarray], tokenizer: Tokenizer) -> None:
+    def __init__(self, tensors: dict[str, Array], tokenizer: Tokenizer) -> None:
         """Take the tensors named in `expected_shapes()` and the tokenizer that belongs to them."""
         self.tokenizer = tokenizer
         # The padding of this encoder depends on the batch, so whatever the file asks for is undone.
@@ -184,12 +163,21 @@ class SentenceEncoder:
         self._layers = [_encoder_layer(tensors, index) for index in range(LAYERS)]
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "SentenceEncoder":
+    def from_folder(cls, path: str | Path) -> SentenceEncoder:
         """Load `model.safetensors` and `tokenizer.json`; check `config.json` where there is one.
 
-        Raises FileNotFoundError for a folder or file that is missing, and ValueError, naming the
-        file and what was expected of it, for one that cannot be read or holds another network.
+        Raises FileNotFoundError for a folder or file that is missing, ValueError, naming the file
+        and what was expected of it, for one that cannot be read or holds another network, and
+        ImportError without what reads them: ``pip install 'fastattn[minilm]'``.
         """
+        try:
+            import safetensors  # noqa: F401
+            import tokenizers  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "fastattn.minilm needs the packages safetensors and tokenizers: "
+                "pip install 'fastattn[minilm]'"
+            ) from error
         folder = Path(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such model folder")
@@ -205,22 +193,42 @@ class SentenceEncoder:
         self,
         texts: Sequence[str],
         *,
-        attention: Attention = fastattn.attention,
+        attention: Attention = fused_attention,
         batch_size: int = 32,
         progress: bool = False,
-    ) -> np.ndarray:
+    ) -> Array:
         """Return one unit vector per text, (len(texts), HIDDEN) float32, in the order given.
 
         attention is called once per layer and batch as `attention(query, key, value,
-        kv_lengths=lengths)`; wrap it in `TimedAttention` to learn what that costs.
+        kv_lengths=lengths)`.
         """
         tokens = self.tokenize(texts)
         embeddings = np.empty((len(tokens), HIDDEN), np.float32)
-        with tqdm(total=len(tokens), unit="text", desc="encoding", disable=not progress) as bar:
-            for batch in batches_by_length(tokens, batch_size):
-                embeddings[batch] = self.encode_batch([tokens[i] for i in batch], attention)
-                bar.update(len(batch))
+        done = 0
+        for batch in batches_by_length(tokens, batch_size):
+            embeddings[batch] = self.encode_batch([tokens[i] for i in batch], attention)
+            done += len(batch)
+            if progress:
+                draw_progress("encoding", done, len(tokens))
         return embeddings
+
+    def weights(self, text: str, layer: int) -> tuple[list[str], Array]:
+        """Return the word pieces of one text, and the weights (HEADS, pieces, pieces) of a layer.
+
+        The fused kernel never forms the weights. The queries and keys of the layer are therefore
+        caught on their way in, and `attention_weights` computes the matrices. Layers count from 1.
+        """
+        if not 1 <= layer <= LAYERS:
+            raise ValueError(f"layer must lie between 1 and {LAYERS}: got {layer}")
+        inputs: list[tuple[Array, Array]] = []
+
+        def recording(query: Array, key: Array, value: Array, *, kv_lengths: Array) -> Array:
+            inputs.append((query, key))
+            return fused_attention(query, key, value, kv_lengths=kv_lengths)
+
+        self.encode([text], attention=recording)
+        query, key = inputs[layer - 1]
+        return self.pieces(text), attention_weights(query[0], key[0])
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the vocabulary numbers of each text's word pieces, [CLS] and [SEP] included."""
@@ -237,7 +245,7 @@ class SentenceEncoder:
         encodable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         return self.tokenizer.encode_batch(encodable)
 
-    def encode_batch(self, tokens: Sequence[list[int]], attention: Attention) -> np.ndarray:
+    def encode_batch(self, tokens: Sequence[list[int]], attention: Attention) -> Array:
         """Encode texts given as vocabulary numbers together, padded to the longest of them."""
         lengths = np.array([len(text) for text in tokens])
         longest = lengths.max()
@@ -251,11 +259,21 @@ class SentenceEncoder:
             x = layer(x, lengths, attention)
 
         shares = (is_token / lengths[:, None]).astype(np.float32)
-        means = (shares[:, None, :] @ x.reshape(*is_token.shape, HIDDEN))[:, 0]
-        return means / np.linalg.norm(means, axis=1, keepdims=True)
+        means: Array = (shares[:, None, :] @ x.reshape(*is_token.shape, HIDDEN))[:, 0]
+        means /= np.linalg.norm(means, axis=1, keepdims=True)
+        return means
 
 
-def batches_by_length(tokens: Sequence[list[int]], batch_size: int) -> list[np.ndarray]:
+def darkest_between_words(weights: Array) -> float | None:
+    """Return the largest weight between words, for the darkest shade of a picture.
+
+    Most heads park their attention on [CLS] or [SEP] when they have nothing to say, and a picture
+    would show little else than that. None where there are no words.
+    """
+    return float(weights[..., 1:-1, 1:-1].max(initial=0.0)) or None
+
+
+def batches_by_length(tokens: Sequence[list[int]], batch_size: int) -> list[Array]:
     """Group texts of like length, so that little is padded; the longest come first.
 
     Longest first because a progress bar that speeds up is kinder than one that slows down, and
@@ -294,15 +312,15 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _linear(tensors: dict[str, np.ndarray], name: str) -> Linear:
+def _linear(tensors: dict[str, Array], name: str) -> Linear:
     return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
 
-def _layer_norm(tensors: dict[str, np.ndarray], name: str) -> LayerNorm:
+def _layer_norm(tensors: dict[str, Array], name: str) -> LayerNorm:
     return LayerNorm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
 
-def _encoder_layer(tensors: dict[str, np.ndarray], index: int) -> EncoderLayer:
+def _encoder_layer(tensors: dict[str, Array], index: int) -> EncoderLayer:
     layer = f"encoder.layer.{index}"
     projections = [
         _linear(tensors, f"{layer}.attention.self.{name}") for name in ("query", "key", "value")
@@ -333,6 +351,8 @@ def _check_config(path: Path) -> None:
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises nothing narrower
@@ -343,7 +363,10 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _load_tensors(path: Path) -> dict[str, np.ndarray]:
+def _load_tensors(path: Path) -> dict[str, Array]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     try:
         tensors = load_file(path)
     except SafetensorError as error:

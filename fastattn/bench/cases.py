@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 import fastattn
@@ -70,6 +70,11 @@ class Case:
         return self.shape[:-2] != self.key_shape[:-2]
 
     @property
+    def is_decode(self) -> bool:
+        """Whether reading keys and values is the work: one query for each of the heads."""
+        return self.shape[-2] == 1 and not self.is_small
+
+    @property
     def numpy_dtype(self) -> np.dtype:
         """The element type for NumPy, to which bfloat16 is an extension.
 
@@ -77,7 +82,10 @@ class Case:
         """
         if self.dtype == "int8":
             return np.dtype(np.float32)
-        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+        if self.dtype == "bfloat16":
+            # Teaches NumPy the name.
+            importlib.import_module("ml_dtypes")
+        return np.dtype(self.dtype)
 
     @property
     def plain(self) -> Case | None:
@@ -147,6 +155,12 @@ class Inputs:
         if self.case.dtype == "int8":
             return float(sum(each.size + each.size // each.shape[-1] * 4 for each in self._stored))
         return float(sum(each.nbytes for each in self._stored))
+
+    @property
+    def bytes_moved(self) -> float:
+        """The bytes that have to be read or written at least: those of inputs and output."""
+        rows = self.query.nbytes // self.query.shape[-1]
+        return self.bytes_read + rows * (self.query.shape[-1] + self.value.shape[-1])
 
     @property
     def _stored(self) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ share, whatever its switch says.
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -31,9 +32,25 @@ def cpus() -> tuple[int, ...]:
     return tuple([*chosen.values(), *rest][:THREADS])
 
 
+def settings(threads: int) -> dict[str, str]:
+    """Return the environment of a process in which every library has so many threads."""
+    libraries = ("OMP", "OPENBLAS", "MKL", "VECLIB", "NUMBA")
+    names = ["FASTATTN_BENCH_THREADS", *(f"{library}_NUM_THREADS" for library in libraries)]
+    return dict.fromkeys(names, str(threads))
+
+
 def limit_threads() -> None:
     """Hold this process, whatever it imports later, and its children to THREADS threads."""
-    for library in ("OMP", "OPENBLAS", "MKL", "VECLIB", "NUMBA"):
-        os.environ[f"{library}_NUM_THREADS"] = str(THREADS)
+    os.environ.update(settings(THREADS))
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cpus())
+
+
+def available_bytes() -> float:
+    """Return how much memory new arrays may take; infinite where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024.0
+    return math.inf

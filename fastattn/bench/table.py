@@ -1,37 +1,16 @@
-"""The results as text: tables for the terminal, and one in Markdown for the README.
-
-`python -m bench.report` prints the tables of the latest run, and those of another one if its
-file is named.
-"""
+"""Results as text: tables for the terminal, and one in Markdown for the README."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 from .providers import FASTATTN, NAIVE, PEERS
+from .saved import Row, timed
 
 RIVALS = (NAIVE.name, *(peer.name for peer in PEERS))
-LATEST = Path(__file__).parent / "results" / "latest.json"
 
 # A run is quotable where it had its cores to itself, but for what the system always does.
 QUIET_CORES = 0.9
-
-Row = dict[str, Any]
-
-
-def load(path: Path) -> tuple[list[Row], dict[str, Any]]:
-    """Return the results of a saved run, and what it says about the machine."""
-    saved = json.loads(path.read_text())
-    return [each["extra_info"] for each in saved["benchmarks"]], saved["machine_info"]
-
-
-def timed(rows: Iterable[Row]) -> list[Row]:
-    """Return those of the results that compare speeds."""
-    return [row for row in rows if "speed_over" in row]
 
 
 def duration(seconds: float) -> str:
@@ -88,7 +67,7 @@ def _speed_table(rows: Iterable[Row]) -> list[str]:
         )
     # Words to the left, numbers to the right.
     return [
-        *_aligned([head, *lines], f"<<{'>' * (len(head) - 2)}"),
+        *aligned([head, *lines], f"<<{'>' * (len(head) - 2)}"),
         "Under a name: fastattn's speed as a multiple of theirs, * the fastest of them.",
     ]
 
@@ -107,10 +86,11 @@ def _goals_missed(rows: Iterable[Row]) -> list[str]:
         for goal in row["goals"]
         if not goal["met"]
     ]
-    return ["Goals missed", *_aligned(missed, "<<><")] if missed else []
+    return ["Goals missed", *aligned(missed, "<<><")] if missed else []
 
 
-def _aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Return lines of cells as text, each column to its side: "<" left, ">" right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
@@ -126,7 +106,7 @@ def _left_out(rows: Iterable[Row]) -> list[str]:
         for name, reason in row["left_out"].items():
             cases.setdefault((name, reason), []).append(row["case"])
     lines = [(name, reason, ", ".join(where)) for (name, reason), where in cases.items()]
-    return ["Not timed", *_aligned(lines, "<<<")] if lines else []
+    return ["Not timed", *aligned(lines, "<<<")] if lines else []
 
 
 def _figures(rows: Iterable[Row]) -> list[str]:
@@ -137,7 +117,7 @@ def _figures(rows: Iterable[Row]) -> list[str]:
             if goal is not None:
                 line[4:] = [f"goal {goal:g}", "" if value <= goal else "missed"]
             lines.append(line)
-    return _aligned(lines, "<<><<<") if lines else []
+    return aligned(lines, "<<><<<") if lines else []
 
 
 # ---------------------------------------------------------------------------
@@ -159,13 +139,3 @@ def markdown(rows: Iterable[Row]) -> str:
         for row in timed(rows)
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main() -> None:
-    """Print the tables of a saved run."""
-    rows, _ = load(Path(sys.argv[1]) if len(sys.argv) > 1 else LATEST)
-    print(text(rows))
-
-
-if __name__ == "__main__":
-    main()

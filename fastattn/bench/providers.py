@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,34 +19,32 @@ import numpy as np
 
 import fastattn
 
-from .cases import Inputs
+from .cases import Case, Inputs
 from .machine import THREADS
+from .timing import Prepared
 
-if importlib.util.find_spec("torch") is not None:
-    # Before Numba starts its threads: it switches nested parallelism on in the system's OpenMP
-    # runtime, and PyTorch shares that runtime, and then starts threads within threads and is
-    # fifty times as slow, unless it has loaded its own runtime by then.
-    importlib.import_module("torch")
+
+def import_torch_first() -> None:
+    """Import PyTorch, where it is installed, before Numba starts its threads.
+
+    Numba switches nested parallelism on in the system's OpenMP runtime. PyTorch shares that
+    runtime, and then starts threads within threads and is fifty times as slow, unless it has
+    loaded its own runtime by then.
+    """
+    if importlib.util.find_spec("torch") is not None:
+        importlib.import_module("torch")
 
 
 class UnsupportedError(Exception):
     """A provider cannot do a case; the message says why."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A call that is ready to be timed, and how to see what it returned.
-
-    `holds` keeps arrays alive whose memory the call reads without owning it.
-    """
-
-    run: Callable[[], Any]
-    to_numpy: Callable[[Any], np.ndarray] = np.asarray
-    holds: Sequence[Any] = ()
-
-    def result(self) -> np.ndarray:
-        """Run once and return the output in the shape of the query."""
-        return self.to_numpy(self.run())
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,7 @@ class Provider:
     @property
     def version(self) -> str | None:
         """The version that is installed, None where there is none."""
-        try:
-            return importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return installed_version(self.distribution)
 
 
 # ---------------------------------------------------------------------------
@@ -136,7 +131,8 @@ def hidden_pairs(inputs: Inputs) -> np.ndarray | None:
     if inputs.mask is not None:
         return ~inputs.mask
     if inputs.case.causal:
-        return np.tri(inputs.query.shape[-2], inputs.key.shape[-2]) == 0
+        seqlen_q, seqlen_kv = inputs.query.shape[-2], inputs.key.shape[-2]
+        return np.tri(seqlen_q, seqlen_kv, seqlen_kv - seqlen_q) == 0
     return None
 
 
@@ -163,6 +159,12 @@ def prepare_naive(inputs: Inputs) -> Prepared:
 # ---------------------------------------------------------------------------
 
 
+def _check_alignment(case: Case) -> None:
+    """Raise for what fastattn aligns at the last key, and others at the first."""
+    if case.causal and case.shape[-2] != case.key_shape[-2]:
+        raise UnsupportedError("aligns causal at the first key")
+
+
 def prepare_torch(inputs: Inputs) -> Prepared:
     """Prepare PyTorch's `scaled_dot_product_attention`, which picks its kernel by itself."""
     import torch
@@ -183,6 +185,7 @@ def prepare_torch(inputs: Inputs) -> Prepared:
         return np.asarray(result.numpy())
 
     case = inputs.case
+    _check_alignment(case)
     query, key, value = (tensor(each) for each in (inputs.query, inputs.key, inputs.value))
     extra = inputs.mask if inputs.mask is not None else inputs.bias
     attn_mask = None if extra is None else tensor(extra)
@@ -201,6 +204,7 @@ def prepare_openvino(inputs: Inputs) -> Prepared:
     from openvino import opset13 as op
 
     case = inputs.case
+    _check_alignment(case)
     if case.dtype == "float64":
         raise UnsupportedError("computes in float32")
     if len(case.shape) != 4:
@@ -321,6 +325,7 @@ def prepare_onnxruntime(inputs: Inputs) -> Prepared:
             num_heads=num_heads,
             kv_num_heads=num_kv_heads,
         )
+    _check_alignment(case)
     attention_bias = inputs.bias
     if inputs.mask is not None:
         shape = (len(inputs.mask), 1, seqlen_q, seqlen_kv)
@@ -363,6 +368,7 @@ def prepare_jax(inputs: Inputs) -> Prepared:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
     case = inputs.case
+    _check_alignment(case)
 
     def lengths_first(array: np.ndarray) -> Any:
         if array.ndim == 2:

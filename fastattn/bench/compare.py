@@ -1,0 +1,100 @@
+"""What has changed between two runs, and with what doubt.
+
+Times of different hours do not compare: a shared machine is a tenth slower at noon. So each round
+divides fastattn's time by that of a yardstick in the same round, the median over the rounds is
+the level of a case, and two runs are compared by their levels. Rounds in which somebody else used
+the cores are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from .providers import FASTATTN
+from .saved import Row, Run, described, same_cpu
+from .table import QUIET_CORES, aligned
+
+# With fewer rounds than this nothing can be said.
+_FEWEST_ROUNDS = 3
+
+_RESAMPLES = 2000
+_CONFIDENCE = 95  # percent
+
+# By how much two processes of the same code differ, whatever their rounds say: where their memory
+# lies is luck. A standard deviation, in logarithms: two processes of one version, in turns on
+# Emerald Rapids, were up to 5% apart, mostly within 2%.
+PROCESS_SPREAD = 0.02
+
+
+class Change(NamedTuple):
+    """How many times as fast a case has become, and where that lies with 95% confidence."""
+
+    case: str
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """What can be said beyond noise."""
+        if self.high < 1:
+            return "slower"
+        return "faster" if self.low > 1 else ""
+
+    def is_slower_than(self, share: float) -> bool:
+        """Whether the speed has fallen below a share of what it was, beyond noise."""
+        return self.ratio < share and self.verdict == "slower"
+
+
+def changes(old: Run, new: Run) -> list[Change]:
+    """Compare the cases that both runs have.
+
+    Raises ValueError for runs of different machines, and for two that have no case in common.
+    """
+    machines = [run.machine for run in (old, new)]
+    threads = [machine["threads"] for machine in machines]
+    if not same_cpu(*machines) or threads[0] != threads[1]:
+        one, other = map(described, machines)
+        raise ValueError(f"runs must be of the same machine: got {one} and {other}")
+    common = [name for name in old.speeds if name in new.speeds]
+    if not common:
+        raise ValueError("runs must have a case in common: got none")
+    return [change(old.speeds[name], new.speeds[name]) for name in common]
+
+
+def change(old: Row, new: Row) -> Change:
+    """Compare the results of a case."""
+    rng = np.random.default_rng(0)
+    levels, spread = [], []
+    for row in (old, new):
+        rounds = quiet_rounds(row)
+        if len(rounds) < _FEWEST_ROUNDS:
+            return Change(old["case"], math.nan, 0.0, math.inf)
+        resampled = np.median(rng.choice(rounds, (_RESAMPLES, len(rounds))), axis=1)
+        levels.append(np.median(rounds))
+        spread.append(resampled + rng.normal(0.0, PROCESS_SPREAD, _RESAMPLES))
+    tail = (100 - _CONFIDENCE) / 2
+    low, high = np.percentile(spread[0] - spread[1], [tail, 100 - tail])
+    return Change(old["case"], *map(float, np.exp([levels[0] - levels[1], low, high])))
+
+
+def quiet_rounds(row: Row) -> np.ndarray:
+    """Return log(time / time of the yardstick) for each round that had its cores to itself."""
+    own, theirs = (np.log(row["samples"][name]) for name in (FASTATTN.name, row["yardstick"]))
+    return np.asarray((own - theirs)[np.array(row["yardstick_cores"]) >= QUIET_CORES])
+
+
+def text(compared: Iterable[Change]) -> str:
+    """Return a table of changes, with what has changed beyond noise marked."""
+    lines = [["case", "speed", "95% within", ""]]
+    for each in compared:
+        if math.isnan(each.ratio):
+            lines.append([each.case, "", "", "too busy to tell"])
+        else:
+            within = f"{each.low:.3f} .. {each.high:.3f}"
+            lines.append([each.case, f"{each.ratio:.3f}x", within, each.verdict])
+    return "\n".join(aligned(lines, "<>><"))

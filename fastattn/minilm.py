@@ -238,12 +238,12 @@ class SentenceEncoder:
 
     def pieces(self, text: str) -> list[str]:
         """Return the word pieces of one text as they are written in the vocabulary."""
-        return self._encodings([text])[0].tokens
+        return list(self._encodings([text])[0].tokens)
 
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
         # Half of a surrogate pair, as in an argument that was not UTF-8, cannot be tokenized.
         encodable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        return self.tokenizer.encode_batch(encodable)
+        return list(self.tokenizer.encode_batch(encodable))
 
     def encode_batch(self, tokens: Sequence[list[int]], attention: Attention) -> Array:
         """Encode texts given as vocabulary numbers together, padded to the longest of them."""

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(_ROOT))
+from fastattn.bench.saved import Run
+from fastattn.bench.table import QUIET_CORES, markdown
 
-from bench import report  # noqa: E402
+_ROOT = Path(__file__).parents[2]
 
 
 def tables() -> str:
@@ -22,16 +20,16 @@ def tables() -> str:
 
 def _of(path: Path) -> str:
     """Return where and with what a run was measured, and the cases that had the cores alone."""
-    rows, machine = report.load(path)
-    date = json.loads(path.read_text())["datetime"][:10]
-    disturbed = [row["case"] for row in report.timed(rows) if row["cores"] < report.QUIET_CORES]
+    run = Run.load(path)
+    machine, speeds = run.machine, run.speeds
+    disturbed = [case for case, row in speeds.items() if row["cores"] < QUIET_CORES]
     lines = [
-        f"## {machine['cpu']['brand_raw']}, {machine['threads']} threads",
+        f"## {machine['cpu']} ({machine['target']}), {machine['threads']} threads",
         "",
-        f"{date}, registers of {machine['vector_bytes']} bytes, "
-        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        f"{run.date[:10]}, {machine['instruction_set']}, "
+        + ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "",
-        report.markdown(row for row in rows if row.get("case") not in disturbed),
+        markdown(row for case, row in speeds.items() if case not in disturbed),
         "",
     ]
     if disturbed:

@@ -330,6 +330,16 @@ class TestMasks:
         assert torch.where(mask, 0.0, 1.0).sum() == 2 * 3
         assert torch.equal(torch.cat([mask, mask])[3, 0], expected)
 
+    def test_what_is_written_inside_counts(self):
+        x = torch.randn(1, 2, 5, 8, generator=torch.manual_seed(0))
+        mask = Visibility((1, 1, 5, 5), window=(None, 0), offset=0)
+        mask[..., 1] = False
+        output, _ = attend(None, x, x, x, mask)
+        expected = torch.tril(torch.ones(5, 5)).bool()
+        expected[:, 1] = False
+        expected, _ = attend(None, x, x, x, expected)
+        assert torch.equal(output, expected)
+
     def test_nothing_of_the_scores_shape_is_stored(self, texts, monkeypatch):
         seen = []
 
@@ -362,6 +372,31 @@ class TestCompiled:
             output = compiled(**texts, use_cache=False).logits
         real = texts["attention_mask"].bool()
         torch.testing.assert_close(output[real], expected[real])
+
+    @pytest.mark.parametrize("name", ["Llama", "Gemma 3"])
+    def test_decoding_steps(self, name, texts):
+        """The prompt is read as always, and each step is one graph.
+
+        One for all of them, but that transformers' own windowed cache makes one for each position.
+        """
+        graphs = []
+
+        def backend(graph, inputs, **options):
+            graphs.append(graph)
+            return graph.forward
+
+        torch.compiler.reset()
+        config = hf.CompileConfig(backend=backend, fullgraph=True, dynamic=False)
+        config._compile_all_devices = True
+        model = make(name, DECODERS[name])
+        generate = partial(type(model).generate, **texts, max_new_tokens=6, do_sample=False)
+        expected = with_attention(model, "eager", generate)
+        compiled = partial(generate, cache_implementation="static", compile_config=config)
+        assert torch.equal(with_attention(model, "fastattn", compiled), expected)
+        assert len(graphs) == 1 if name == "Llama" else len(graphs) > 1
+        for graph in graphs:
+            targets = [str(node.target) for node in graph.graph.nodes]
+            assert targets.count("fastattn.attention.default") == 2
 
 
 def test_sdpa_of_transformers_by_way_of_torchs_name(texts):

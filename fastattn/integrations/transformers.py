@@ -91,8 +91,9 @@ class Visibility(torch.Tensor):
     """A bool mask (batch, 1, seqlen_q, seqlen_kv) that is described, and stored when it is used.
 
     Query i sees key j if it is no padding and ``i + offset - left <= j <= i + offset + right``,
-    None being no bound. Any operation of torch's on it works on the stored mask, and gives a plain
-    tensor.
+    None being no bound. Any operation of torch's on it works on the stored mask, and gives plain
+    tensors. From the first one on the stored mask is what counts, since it may have been written
+    to.
 
     Parameters
     ----------
@@ -115,6 +116,7 @@ class Visibility(torch.Tensor):
     window: Window
     offset: int
     padding: torch.Tensor | None
+    _stored: torch.Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -129,10 +131,21 @@ class Visibility(torch.Tensor):
         """Describe a mask."""
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool)
         self.window, self.offset, self.padding = window, offset, padding
+        self._stored = None
         return self
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether the mask has been used as a tensor."""
+        return self._stored is not None
+
     def stored(self) -> torch.Tensor:
-        """Return the mask as a plain tensor."""
+        """Return the mask as a plain tensor, the same at every call."""
+        if self._stored is None:
+            self._stored = self._as_described()
+        return self._stored
+
+    def _as_described(self) -> torch.Tensor:
         left, right = self.window
         rows, columns = self.shape[-2:]
         behind = torch.arange(rows)[:, None] + self.offset - torch.arange(columns)
@@ -173,8 +186,9 @@ def make_mask(
     if config is not None:
         _check_family(config.__class__)
     window = _window(mask_function)
+    is_causal = window is not None and window[1] == 0
     # transformers forbids to skip masks for one query where it means to compile the decoding step.
-    decodes_compiled = q_length == 1 and not allow_is_causal_skip and window == (None, 0)
+    decodes_compiled = is_causal and q_length == 1 and not allow_is_causal_skip
     if window is None or decodes_compiled or is_tracing(attention_mask):
         return sdpa_mask(
             batch_size,
@@ -200,11 +214,13 @@ def make_mask(
 
 def _window(mask_function: Any) -> Window | None:
     """Return how far a function of transformers' lets a query see; None for one unknown here."""
+    if getattr(mask_function, "__module__", None) != sdpa_mask.__module__:
+        return None
     if mask_function is bidirectional_mask_function:
         return None, None
     if mask_function is causal_mask_function:
         return None, 0
-    maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
+    maker = mask_function.__qualname__.partition(".")[0]
     if maker not in ("and_masks", "sliding_window_overlay", "sliding_window_bidirectional_overlay"):
         return None
     held = getclosurevars(mask_function).nonlocals
@@ -303,7 +319,9 @@ def attend(
         if keywords.get(name) is not None:
             raise ValueError(f'{name} must be None: use attn_implementation="eager"')
     visible: dict[str, Any] = {"mask": attention_mask}
-    if isinstance(attention_mask, Visibility):
+    if isinstance(attention_mask, Visibility) and attention_mask.is_stored:
+        visible = {"mask": attention_mask.stored()}
+    elif isinstance(attention_mask, Visibility):
         visible = {
             "mask": attention_mask.padding,
             "window": attention_mask.window,

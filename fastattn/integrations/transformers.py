@@ -51,11 +51,11 @@ def register() -> None:
 
     Notes
     -----
-    *Families.* What hands its attention to transformers' interface is served: Llama, Mistral,
-    Gemma, Qwen, gpt-oss, BERT, T5, BART, Whisper and hundreds of others, with grouped heads,
-    sliding windows, soft-capping, sinks and position biases, any cache, and any padding. A family
-    that computes its attention by itself, as BLOOM and XGLM do, is a ValueError at its first
-    mask. Where such a family makes no mask either, the name changes nothing, and results are right.
+    *Families.* What hands its attention to transformers' interface is served, with grouped heads,
+    sliding windows, soft-capping, sinks and position biases, any cache and any padding: Llama,
+    Mistral, Gemma, Qwen, gpt-oss, BERT, T5, BART, Whisper and most others. A family that computes
+    its attention by itself, as BLOOM and XGLM do, is a ValueError at its first mask. Where such a
+    family makes no mask either, the name changes nothing, and results are right.
 
     *Inference only.* Gradients, dropout, attention weights (``output_attentions``) and tensors on
     other devices are errors that name the way out.

@@ -1,4 +1,4 @@
-"""What was measured: the runs that the repository keeps, as Markdown.
+"""What was measured: the newest run of every machine that the repository keeps, as Markdown.
 
 `python docs/tools/measured.py` prints it.
 """
@@ -8,29 +8,28 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fastattn.bench.saved import Run
-from fastattn.bench.table import QUIET_CORES, markdown
+from fastattn.bench import table
+from fastattn.bench.saved import Run, described, history
 
-_ROOT = Path(__file__).parents[2]
+_HISTORY = Path(__file__).parents[2] / "bench" / "history"
 
 
 def tables() -> str:
-    """Return a table of every run."""
-    return "\n".join(_of(path) for path in sorted((_ROOT / "bench" / "history").glob("*.json")))
+    """Return a table for each machine."""
+    newest = {described(run.machine): run for run in history(_HISTORY)}
+    return "\n".join(_of(run, machine) for machine, run in newest.items())
 
 
-def _of(path: Path) -> str:
-    """Return where and with what a run was measured, and the cases that had the cores alone."""
-    run = Run.load(path)
-    machine, speeds = run.machine, run.speeds
-    disturbed = [case for case, row in speeds.items() if row["cores"] < QUIET_CORES]
+def _of(run: Run, machine: str) -> str:
+    """Return when and with what a run was measured, and the cases that had the cores alone."""
+    is_quiet = {case: row["cores"] >= table.QUIET_CORES for case, row in run.speeds.items()}
+    disturbed = [case for case, quiet in is_quiet.items() if not quiet]
     lines = [
-        f"## {machine['cpu']} ({machine['target']}), {machine['threads']} threads",
+        f"## {machine}",
         "",
-        f"{run.date[:10]}, {machine['instruction_set']}, "
-        + ", ".join(f"{name} {version}" for name, version in run.versions.items()),
+        f"{run.date[:10]}: " + ", ".join(" ".join(each) for each in run.versions.items()),
         "",
-        markdown(row for case, row in speeds.items() if case not in disturbed),
+        table.markdown(row for case, row in run.speeds.items() if is_quiet[case]),
         "",
     ]
     if disturbed:

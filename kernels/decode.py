@@ -31,25 +31,13 @@ from numba import types
 
 from .compile import glue, kernel
 from .host import HOST
-from .items import (
-    ASKED,
-    EXTENT,
-    Places,
-    between,
-    item_of,
-    key_address,
-    lie_together,
-    places_in,
-    problem_at,
-    row_at,
-    scale_of,
-)
+from .items import between, item_of, key_address, lie_together, problem_at, row_at, scale_of
 from .record import ABSENT, BLOCK_KV, CHUNK, COUNTER_OFFSET, FLOAT32, FLOAT64, INT8
 from .rows import careful_rows, key_scaler, row_softmax, rows_of
 from .simd import address, data, itemsize, keep, lanes_of, on, pointer, take_ticket
 from .staging import staging
 from .tiles import nonfinite_finder
-from .visibility import NOTHING, SOMETHING
+from .visibility import ASKED, BESIDE, NOTHING, SOMETHING, Places, places_in
 
 _BLOCKS = CHUNK // BLOCK_KV
 
@@ -134,7 +122,7 @@ def decode(element: types.Float, storage: int) -> int:
     def modify(problem, item, rows, queries, key, keys, sees, p, scratch):
         """Apply the modifiers, which take scores transposed."""
         stage.transpose_rows(scratch.s, queries, p, p_step, queries, BLOCK_KV)
-        parts.modify(problem, item, queries, rows, key, keys, sees, scratch.places, scratch)
+        parts.modify(problem, queries, rows, key, keys, sees, scratch.places, scratch)
         stage.transpose_rows(p, p_step, scratch.s, queries, BLOCK_KV, queries)
 
     @glue
@@ -162,7 +150,7 @@ def decode(element: types.Float, storage: int) -> int:
         for key in range(begin, end, BLOCK_KV):
             keys = min(BLOCK_KV, end - key)
             p = on(scratch.p, key - begin)
-            sees = parts.look(problem, item, queries, rows, key, keys, scratch.places, scratch)
+            sees = parts.look(problem, queries, rows, key, keys, scratch.places, scratch)
             scratch.sees[(key - begin) // BLOCK_KV] = sees
             hides_some = hides_some or parts.hides(problem, sees)
             if sees == NOTHING:
@@ -236,7 +224,7 @@ def decode(element: types.Float, storage: int) -> int:
         places, out = scratch.places, problem.out
         for x in range(rows):
             if total.row_max[x] == -np.inf and parts.sees_a_key(
-                problem, item, queries, rows, x, places, scratch
+                problem, queries, rows, x, places, scratch
             ):
                 # Every visible score is -inf: as in the textbook form, -inf - -inf is NaN.
                 total.row_sum[x] = np.nan
@@ -274,7 +262,7 @@ def decode(element: types.Float, storage: int) -> int:
         total = rows * q_length + 2 * queries * p_step + BLOCK_KV * (q_length + v_length)
         total += 2 * state_size + 3 * block_size + 2 * queries
         memory = np.empty(total + 64, np.dtype(type(zero)))
-        integers = np.empty(7 * queries + EXTENT + ASKED + _BLOCKS, np.int64)
+        integers = np.empty(7 * queries + BESIDE + ASKED + _BLOCKS, np.int64)
         # Aligned, so that no register of scratch straddles two cache lines.
         p = pointer((address(data(memory)) + 63) // 64 * 64, zero)
         kept = on(p, queries * p_step)
@@ -286,7 +274,7 @@ def decode(element: types.Float, storage: int) -> int:
         staged = on(term, block_size)
         lanes = on(staged, block_size)
         state = on(lanes, 2 * queries)
-        words = on(data(integers), 5 * queries + EXTENT)
+        words = on(data(integers), 5 * queries + BESIDE)
         asked = on(words, 2 * queries)
         scratch = Scratch(
             q,

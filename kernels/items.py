@@ -13,29 +13,30 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from .compile import glue, inline
+from .compile import glue, inline, routine
 from .modifiers import modifiers
-from .record import ABSENT, BLOCK_KV, FLOAT32, FLOAT64, HIDDEN, PARTIAL, PROBLEM, TILE, VISIBLE
-from .simd import address, call_kernel, itemsize, on, pointer, record_type
+from .record import ABSENT, BLOCK_KV, FLOAT32, FLOAT64, PROBLEM
+from .simd import address, itemsize, on, pointer, record_type
 from .staging import staging
 from .visibility import (
+    BATCH,
+    BIAS,
     EVERYTHING,
-    NOTHING,
+    MASK,
+    POSITION,
+    SEQLEN_Q,
     SOMETHING,
-    block_state,
+    ask,
     first_bits,
+    places_in,
     visibility,
 )
-
-# Words that ``ask`` needs in scratch to describe a tile to a function of the caller's.
-ASKED = TILE.itemsize // 8
 
 _BYTE = np.uint8(0)
 _INTEGER = np.int64(0)
 _SINGLE = np.float32(0)
 
 problem_at = record_type(PROBLEM)
-tile_at = record_type(TILE)
 
 
 class Item(NamedTuple):
@@ -151,31 +152,6 @@ def lie_together(problem):
 # ---------------------------------------------------------------------------
 
 
-class Places(NamedTuple):
-    """Where the queries of a tile stand and what they see, one number of each for every query."""
-
-    heads: Any  # query head
-    rows: Any  # number in that head
-    first: Any  # first and last visible key; behind each other where there is none
-    last: Any
-    visible: Any  # the words of ``visibility``, for the block of keys that was looked at last
-    extent: Any  # smallest and largest of first, smallest and largest of last
-
-
-# Integers of ``Places``, beside five for each query.
-EXTENT = 4
-
-
-@glue
-def places_in(integers, queries):
-    """``Places`` in memory for 5 * queries + EXTENT integers."""
-    rows = on(integers, queries)
-    first = on(rows, queries)
-    last = on(first, queries)
-    visible = on(last, queries)
-    return Places(integers, rows, first, last, visible, on(visible, queries))
-
-
 class Between(NamedTuple):
     """The glue for one accumulation type.
 
@@ -244,112 +220,33 @@ def between(element: types.Float) -> Between:
 
     @glue
     def find_places(problem, item, queries, row, count, places):
-        """Where the queries stand, the first and last key that each sees, and their extremes.
-
-        The rows of a kv head are the queries of its first query head, then of its second...
-        Lanes behind ``count`` see nothing; they stand where the first does.
-        """
-        extent = places.extent
-        extent[0], extent[1] = item.seqlen_kv, 0
-        extent[2], extent[3] = item.seqlen_kv, -1
-        first_head = item.kv_head * (problem.num_heads // problem.num_kv_heads)
-        start = 0
-        while start < count:
-            # A stretch of one head: both ends rise with the query, and LLVM sees whole registers.
-            head = first_head + (row + start) // item.seqlen_q
-            query = (row + start) % item.seqlen_q
-            stop = min(count, start + item.seqlen_q - query)
-            position = query + item.position
-            for x in range(start, stop):
-                places.heads[x] = head
-                places.rows[x] = query + (x - start)
-                places.first[x] = max(position + (x - start) - problem.left, 0)
-                places.last[x] = min(position + (x - start) + problem.right, item.seqlen_kv - 1)
-            extent[0] = min(extent[0], places.first[start])
-            extent[1] = max(extent[1], places.first[stop - 1])
-            extent[2] = min(extent[2], places.last[start])
-            extent[3] = max(extent[3], places.last[stop - 1])
-            start = stop
-        for x in range(count, queries):
-            places.heads[x] = places.heads[0]
-            places.rows[x] = places.rows[0]
-            places.first[x] = item.seqlen_kv
-            places.last[x] = -1
-
-    # -----------------------------------------------------------------------
-    # What queries see
-    # -----------------------------------------------------------------------
+        """Where the queries stand, and which keys each may see."""
+        entry = places.entry
+        entry[BATCH], entry[SEQLEN_Q], entry[POSITION] = item.batch, item.seqlen_q, item.position
+        entry[MASK], entry[BIAS] = item.mask, item.bias
+        integers = places.heads
+        see.find_places(
+            address(problem), integers, queries, row, count, item.kv_head, item.seqlen_kv
+        )
 
     @glue
-    def ask(function, item, queries, key, keys, places, words, scratch):
-        """Call a function of the caller's for a tile of scores, or of words."""
-        asked = tile_at(address(scratch.asked))
-        asked.scores = address(scratch.s)
-        asked.visible = address(words)
-        asked.queries = queries
-        asked.keys = keys
-        asked.batch = item.batch
-        asked.key = key
-        asked.heads = address(places.heads)
-        asked.rows = address(places.rows)
-        asked.frozen = function.frozen
-        call_kernel(function.address, address(scratch.asked))
-
-    @glue
-    def look(problem, item, queries, count, key, keys, places, scratch):
-        """What the queries see of a block of keys; where that is SOMETHING, their words say it.
-
-        What hides most at the least cost comes first.
-        """
-        extent, blocks, mask = places.extent, problem.blocks, problem.mask
-        if keys <= 0 or extent[0] >= key + keys:
-            return NOTHING
-        state = np.int64(VISIBLE)
-        if blocks.states != 0:
-            state = block_state(blocks, item.batch, item.seqlen_q, count, places, key, keys)
-        if state == HIDDEN:
-            return NOTHING
-        if (
-            extent[1] <= key
-            and extent[2] >= key + keys - 1
-            and state == VISIBLE
-            and mask.storage == ABSENT
-            and problem.mask_mod.address == 0
-        ):
-            return EVERYTHING
-        see.between(queries, places.visible, places.first, places.last, key, keys)
-        if mask.storage != ABSENT:
-            steps = (mask.head_step, mask.row_step, mask.step)
-            rows = (places.heads, places.rows)
-            see.unmasked(count, places.visible, item.mask, *steps, *rows, key, keys)
-            if see.summary(count, places.visible, keys) == NOTHING:
-                return NOTHING
-        if state == PARTIAL:
-            ask(blocks.mask_mod, item, queries, key, keys, places, places.visible, scratch)
-        elif state != VISIBLE:
-            look_at_blocks(problem, item, queries, count, key, keys, places, scratch)
-        if problem.mask_mod.address != 0:
-            ask(problem.mask_mod, item, queries, key, keys, places, places.visible, scratch)
-        return see.summary(count, places.visible, keys)
-
-    @glue
-    def look_at_blocks(problem, item, queries, count, key, keys, places, scratch):
-        """Where blocks of a mask end inside the tile, each decides by its own state."""
-        blocks = problem.blocks
-        partial, answers = scratch.words, on(scratch.words, queries)
-        states = blocks.states + item.batch * blocks.batch_step
-        steps = (blocks.head_step, blocks.row_step, blocks.queries, blocks.keys)
-        rows = (places.heads, places.rows)
-        see.blocks(count, places.visible, partial, states, *steps, *rows, key, keys)
-        for x in range(queries):
-            answers[x] = places.visible[x]
-        ask(blocks.mask_mod, item, queries, key, keys, places, answers, scratch)
-        for x in range(count):
-            places.visible[x] &= answers[x] | ~partial[x]
+    def look(problem, queries, count, key, keys, places, scratch):
+        """What the queries see of a block of keys; where that is SOMETHING, their words say it."""
+        block = (queries, count, key, keys)
+        return see.look(address(problem), places.heads, *block, scratch.words, scratch.asked)
 
     # -----------------------------------------------------------------------
     # What happens to scores
     # -----------------------------------------------------------------------
+
+    @glue
+    def read_bias(problem, count, key, keys, places, rows):
+        """Read rows of a bias through the caller's strides, BLOCK_KV apart."""
+        bias = problem.bias
+        for x in range(count):
+            first = row_at(bias, places.entry[BIAS], places.heads[x], places.rows[x])
+            source = on(first, key * bias.step)
+            stage.read_row(on(rows, x * BLOCK_KV), source, bias.step, keys, bias.storage)
 
     @glue
     def changes_scores(problem):
@@ -366,75 +263,81 @@ def between(element: types.Float) -> Between:
         """Whether scores of a block that is seen so may be hidden after ``modify``."""
         return sees == SOMETHING or problem.bias.storage != ABSENT or problem.score_mod.address != 0
 
-    @glue
-    def modify(problem, item, queries, count, key, keys, sees, places, scratch):
+    floats, words = types.CPointer(element), types.CPointer(types.int64)
+
+    @routine(
+        types.void(*(types.int64, words, *[types.intp] * 5, floats, floats, floats, floats, words)),
+        element,
+    )
+    def modify_tile(
+        problem_address, integers, queries, count, key, keys, sees, s, term, rows, lanes, asked
+    ):
         """All that happens to the scores of a block, in the order of the contract."""
+        problem = problem_at(problem_address)
+        places = places_in(integers, queries)
+        bias, score_mod = problem.bias, problem.score_mod
         if problem.softcap != 0:
-            change.cap(queries, scratch.s, keys, problem.softcap)
+            change.cap(queries, s, keys, problem.softcap)
         if problem.slopes != 0:
-            penalise(problem, item, queries, key, keys, places, scratch)
-        has_bias = problem.bias.storage != ABSENT
-        if has_bias:
-            add_bias(problem, item, queries, count, key, keys, places, scratch)
-        if problem.score_mod.address != 0:
-            ask(problem.score_mod, item, queries, key, keys, places, places.visible, scratch)
-            if has_bias:
-                change.hide_low(queries, scratch.s, keys, scratch.term)
+            distances, factors = lanes, on(lanes, queries)
+            slopes = on(pointer(problem.slopes, zero), places.entry[BATCH] * problem.slopes_step)
+            for x in range(queries):
+                distances[x] = places.rows[x] + places.entry[POSITION] - key
+                factors[x] = slopes[places.heads[x]]
+            change.penalise(queries, s, keys, distances, factors)
+        if bias.storage != ABSENT:
+            # A score_mod may undo what a bias hides: then the bias is needed once more.
+            if score_mod.address == 0 and is_whole(bias, keys, queries, count, places):
+                first = row_at(bias, places.entry[BIAS], places.heads[0], places.rows[0])
+                source = pointer(address(first) + key * bias.step, zero)
+                change.add_rows(queries, s, keys, source, bias.row_step)
+            else:
+                read_bias(problem, count, key, keys, places, rows)
+                stage.transpose_rows(term, queries, rows, BLOCK_KV, queries, keys)
+                change.add(queries, s, keys, term)
+        if score_mod.address != 0:
+            ask(score_mod, queries, key, keys, places, address(s), places.visible, asked)
+            if bias.storage != ABSENT:
+                change.hide_low(queries, s, keys, term)
         if sees == SOMETHING:
-            change.hide(queries, scratch.s, keys, places.visible)
+            change.hide(queries, s, keys, places.visible)
 
     @glue
-    def penalise(problem, item, queries, key, keys, places, scratch):
-        """ALiBi: subtract a slope times the distance."""
-        distances, factors = scratch.lanes, on(scratch.lanes, queries)
-        slopes = on(pointer(problem.slopes, zero), item.batch * problem.slopes_step)
-        for x in range(queries):
-            distances[x] = places.rows[x] + item.position - key
-            factors[x] = slopes[places.heads[x]]
-        change.penalise(queries, scratch.s, keys, distances, factors)
+    def modify(problem, queries, count, key, keys, sees, places, scratch):
+        """All that happens to the scores of a block."""
+        tile = (queries, count, key, keys, sees, scratch.s, scratch.term, scratch.rows)
+        modify_tile(address(problem), places.heads, *tile, scratch.lanes, scratch.asked)
 
-    @glue
-    def add_bias(problem, item, queries, count, key, keys, places, scratch):
-        """Add a bias, read through the caller's strides, to a score tile."""
-        bias = problem.bias
-        # A score_mod may undo what a bias hides: then the bias is needed once more.
-        if problem.score_mod.address == 0 and is_whole(bias, keys, queries, count, places):
-            first = row_at(bias, item.bias, places.heads[0], places.rows[0])
-            source = pointer(address(first) + key * bias.step, zero)
-            change.add_rows(queries, scratch.s, keys, source, bias.row_step)
-            return
-        for x in range(count):
-            first = row_at(bias, item.bias, places.heads[x], places.rows[x])
-            target = on(scratch.rows, x * BLOCK_KV)
-            stage.read_row(target, on(first, key * bias.step), bias.step, keys, bias.storage)
-        stage.transpose_rows(scratch.term, queries, scratch.rows, BLOCK_KV, queries, keys)
-        change.add(queries, scratch.s, keys, scratch.term)
-
-    @glue
-    def sees_a_key(problem, item, queries, count, x, places, scratch):
-        """Whether query ``x`` sees any key: asked only if all its scores are -inf."""
-        if problem.score_mod.address != 0:
-            return False  # that is what hides them
-        bias = problem.bias
+    @routine(types.intp(types.int64, words, *[types.intp] * 3, floats, words, words), element)
+    def find_seen(problem_address, integers, queries, count, x, rows, room, asked):
+        """1 if query ``x`` sees a key, or 0."""
+        problem = problem_at(problem_address)
+        places = places_in(integers, queries)
         begin = places.first[x] // BLOCK_KV * BLOCK_KV
         for key in range(begin, places.last[x] + 1, BLOCK_KV):
             keys = min(BLOCK_KV, places.extent[3] + 1 - key)
-            sees = look(problem, item, queries, count, key, keys, places, scratch)
+            sees = see.look(problem_address, integers, queries, count, key, keys, room, asked)
             word = np.int64(0)
             if sees == EVERYTHING:
                 word = first_bits(keys)
             elif sees == SOMETHING:
                 word = places.visible[x]
-            if word != 0 and bias.storage != ABSENT:
-                first = row_at(bias, item.bias, places.heads[x], places.rows[x])
-                source = on(first, key * bias.step)
-                stage.read_row(scratch.rows, source, bias.step, keys, bias.storage)
+            if word != 0 and problem.bias.storage != ABSENT:
+                read_bias(problem, x + 1, key, keys, places, rows)
                 for n in range(keys):
-                    if scratch.rows[n] == -np.inf:
+                    if rows[x * BLOCK_KV + n] == -np.inf:
                         word &= ~(np.int64(1) << n)
             if word != 0:
-                return True
-        return False
+                return 1
+        return 0
+
+    @glue
+    def sees_a_key(problem, queries, count, x, places, scratch):
+        """Whether query ``x`` sees any key: asked only if all its scores are -inf."""
+        if problem.score_mod.address != 0:
+            return False  # that is what hides them
+        tile = (places.heads, queries, count, x, scratch.rows, scratch.words, scratch.asked)
+        return find_seen(address(problem), *tile) != 0
 
     return Between(
         read_keys, block, is_whole, find_places, look, changes_scores, modify, hides, sees_a_key

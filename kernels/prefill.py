@@ -30,16 +30,7 @@ from numba import types
 
 from .compile import glue, kernel
 from .host import HOST
-from .items import (
-    ASKED,
-    EXTENT,
-    Places,
-    between,
-    item_of,
-    places_in,
-    problem_at,
-    row_at,
-)
+from .items import between, item_of, problem_at, row_at
 from .record import ABSENT, BLOCK_KV, COUNTER_OFFSET
 from .simd import (
     address,
@@ -57,7 +48,7 @@ from .simd import (
 from .softmax import online_softmax
 from .staging import staging
 from .tiles import RUN_NARROW, RUN_WIDE, careful_tiles, nonfinite_finder, tiles
-from .visibility import NOTHING
+from .visibility import ASKED, BESIDE, NOTHING, Places, places_in
 
 # Keys whose products are made between two shares of the next block of a bias, and bytes of a line
 # of the caches.
@@ -116,7 +107,7 @@ def prefill(element: types.Float) -> int:
     size = element.bitwidth // 8
     register = lanes_of(element)
     most = most_queries(element)
-    tile_integers = 5 * most + EXTENT + 1
+    tile_integers = 5 * most + BESIDE + 1
     wide = tiles(element, _COLS)
     narrow = tiles(element, 1)
     careful = careful_tiles(element)
@@ -190,7 +181,7 @@ def prefill(element: types.Float) -> int:
         """One tile of queries against one block of keys, some of which it sees."""
         is_wide = queries == most
         multiply(problem, item, queries, count, key, keys, k, k_step, tile, scratch)
-        parts.modify(problem, item, queries, count, key, keys, tile.sees[0], tile.places, scratch)
+        parts.modify(problem, queries, count, key, keys, tile.sees[0], tile.places, scratch)
         if strange:
             careful.copy(queries, scratch.s, keys, scratch.kept)
             softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
@@ -220,7 +211,7 @@ def prefill(element: types.Float) -> int:
         places, out = tile.places, problem.out
         for x in range(count):
             if tile.row_max[x] == -np.inf and parts.sees_a_key(
-                problem, item, queries, count, x, places, scratch
+                problem, queries, count, x, places, scratch
             ):
                 # Every visible score is -inf: as in the textbook form, -inf - -inf is NaN.
                 tile.row_sum[x] = np.nan
@@ -246,12 +237,12 @@ def prefill(element: types.Float) -> int:
                 lse[n] = tile.row_max[x] + math.log(tile.row_sum[x])
 
     @glue
-    def query_tile(scratch, index):
+    def query_tile(scratch, index, queries):
         q = on(scratch.tiles, index * scratch.tile_size)
         o = on(q, most * scratch.q_length)
         row_max = on(o, most * scratch.v_length)
         integers = on(scratch.integers, index * tile_integers)
-        places = places_in(integers, most)
+        places = places_in(integers, queries)
         return QueryTile(q, o, row_max, on(row_max, most), places, on(integers, tile_integers - 1))
 
     @glue
@@ -291,8 +282,8 @@ def prefill(element: types.Float) -> int:
         first_key = item.seqlen_kv
         last_key = np.int64(-1)
         for t in range(count):
-            tile = query_tile(scratch, t)
             queries, n = tile_shape(t, rows)
+            tile = query_tile(scratch, t, queries)
             begin(problem, item, queries, row + t * most, n, tile, scratch)
             first_key = min(first_key, tile.places.extent[0])
             last_key = max(last_key, tile.places.extent[3])
@@ -302,11 +293,11 @@ def prefill(element: types.Float) -> int:
             most_seen = np.int64(NOTHING)
             some_hidden = False
             for t in range(count):
-                tile = query_tile(scratch, t)
                 queries, n = tile_shape(t, rows)
+                tile = query_tile(scratch, t, queries)
                 skip, seen = part_of_block(key, keys, tile.places.extent)
                 at = key + skip
-                sees = parts.look(problem, item, queries, n, at, seen, tile.places, scratch)
+                sees = parts.look(problem, queries, n, at, seen, tile.places, scratch)
                 tile.sees[0] = sees
                 most_seen = max(most_seen, sees)
                 some_hidden = some_hidden or parts.hides(problem, sees)
@@ -319,9 +310,9 @@ def prefill(element: types.Float) -> int:
             # Of a hidden NaN or Inf, 0 times the value would be left.
             strange = some_hidden and any_nonfinite(v, v_step, keys, problem.head_dim_v) != 0
             for t in range(count):
-                tile = query_tile(scratch, t)
+                queries, n = tile_shape(t, rows)
+                tile = query_tile(scratch, t, queries)
                 if tile.sees[0] != NOTHING:
-                    queries, n = tile_shape(t, rows)
                     fetch_output(problem, item, n, key, last_key, tile.places)
                     skip, seen = part_of_block(key, keys, tile.places.extent)
                     k_rows, v_rows = bytes_on(k, skip * k_step), bytes_on(v, skip * v_step)
@@ -330,7 +321,7 @@ def prefill(element: types.Float) -> int:
 
         for t in range(count):
             queries, n = tile_shape(t, rows)
-            finish(problem, item, queries, n, query_tile(scratch, t), scratch)
+            finish(problem, item, queries, n, query_tile(scratch, t, queries), scratch)
 
     @glue
     def allocate(problem):

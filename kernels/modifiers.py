@@ -24,6 +24,7 @@ from .simd import (
     magnitude,
     on,
     ones,
+    prefetch,
     rows,
     splat,
     square,
@@ -92,7 +93,10 @@ def modifiers(element: types.Float) -> Modifiers:
 
     @routine(types.void(integer, pointer, integer, pointer, integer), element)
     def add_rows(queries, s, keys, bias, row_step):
-        """The same with the rows of a bias where the caller has them, ``row_step`` bytes apart."""
+        """The same with the rows of a bias where the caller has them, ``row_step`` bytes apart.
+
+        Meanwhile the next block of keys comes nearer.
+        """
         one = splat(zero, 1)
         block = square(one)
         size = lanes(one)
@@ -101,6 +105,8 @@ def modifiers(element: types.Float) -> Modifiers:
             source = bytes_on(bias, x * row_step)
             for j in range(0, whole, size):
                 term = load_transposed(block, on(source, j), row_step)
+                for lane in range(size):
+                    prefetch(bytes_on(on(source, keys + j), lane * row_step))
                 at = on(s, j * queries + x)
                 score = load(block, at, queries) + term
                 store(at, queries, where_less(term, lowest(block), term, score))

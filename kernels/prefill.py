@@ -31,7 +31,7 @@ from numba import types
 from .compile import glue, kernel
 from .host import HOST
 from .items import between, item_of, problem_at, row_at
-from .record import ABSENT, BLOCK_KV, COUNTER_OFFSET
+from .record import ABSENT, BLOCK_KV, COUNTER_OFFSET, FLOAT32, FLOAT64
 from .simd import (
     address,
     bytes_on,
@@ -41,7 +41,6 @@ from .simd import (
     lanes_of,
     on,
     pointer,
-    prefetch,
     prefetch_to_write,
     take_ticket,
 )
@@ -50,9 +49,11 @@ from .staging import staging
 from .tiles import RUN_NARROW, RUN_WIDE, careful_tiles, nonfinite_finder, tiles
 from .visibility import ASKED, BESIDE, NOTHING, Places, places_in
 
-# Keys whose products are made between two shares of the next block of a bias, and bytes of a line
-# of the caches.
-_FETCH_KEYS = 8
+# Query tiles of one work item, at most, where a bias is read beside keys that are read in place:
+# CPUs foresee what comes next in as many rows as two tiles have, not in those of eight.
+_TILES_WITH_BIAS = 2
+
+# Bytes of a line of the caches.
 _LINE = 64
 
 _COLS = HOST.wide[1]
@@ -104,7 +105,7 @@ def most_queries(element: types.Float) -> int:
 def prefill(element: types.Float) -> int:
     """Address of the kernel that accumulates in ``element``; compiled at the first call."""
     zero = np.dtype(str(element)).type(0)
-    size = element.bitwidth // 8
+    native = FLOAT32 if element == types.float32 else FLOAT64
     register = lanes_of(element)
     most = most_queries(element)
     tile_integers = 5 * most + BESIDE + 1
@@ -149,38 +150,16 @@ def prefill(element: types.Float) -> int:
                 tile.row_sum[x] = 1
 
     @glue
-    def multiply(problem, item, queries, count, key, keys, k, k_step, tile, scratch):
-        """The scores of a tile, before anything happens to them."""
-        rest = (tile.q, problem.head_dim, problem.scale)
-        bias = problem.bias
-        if queries < most:
-            narrow.scores(k, k_step, keys, *rest, scratch.s)
-        elif bias.storage == ABSENT or not parts.is_whole(bias, keys, queries, count, tile.places):
-            wide.scores(k, k_step, keys, *rest, scratch.s)
-        else:
-            # Meanwhile the bias of the next block comes nearer: more lines at once would be waited
-            # for, and rows that are a power of two apart are nothing that a CPU foresees.
-            for j in range(0, keys, _FETCH_KEYS):
-                fetch_bias(problem, item, queries, key + BLOCK_KV, j, tile.places)
-                part = (bytes_on(k, j * k_step), k_step, min(_FETCH_KEYS, keys - j))
-                wide.scores(*part, *rest, on(scratch.s, j * queries))
-
-    @glue
-    def fetch_bias(problem, item, queries, key, j, places):
-        """As many rows of a bias as is j's share of a block."""
-        bias = problem.bias
-        for x in range(j * queries // BLOCK_KV, (j + _FETCH_KEYS) * queries // BLOCK_KV):
-            row = row_at(bias, item.bias, places.heads[x], places.rows[x])
-            for n in range(0, BLOCK_KV * size, _LINE):
-                prefetch(on(row, key * size + n))
-
-    @glue
     def attend_block(
         problem, item, queries, count, key, keys, k, k_step, v, v_step, strange, tile, scratch
     ):
         """One tile of queries against one block of keys, some of which it sees."""
         is_wide = queries == most
-        multiply(problem, item, queries, count, key, keys, k, k_step, tile, scratch)
+        product = (k, k_step, keys, tile.q, problem.head_dim, problem.scale, scratch.s)
+        if is_wide:
+            wide.scores(*product)
+        else:
+            narrow.scores(*product)
         parts.modify(problem, queries, count, key, keys, tile.sees[0], tile.places, scratch)
         if strange:
             careful.copy(queries, scratch.s, keys, scratch.kept)
@@ -199,11 +178,11 @@ def prefill(element: types.Float) -> int:
             )
             return
         softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
-        product = (v, v_step, keys, scratch.s, scratch.rescale, problem.head_dim_v, tile.o)
+        weighted = (v, v_step, keys, scratch.s, scratch.rescale, problem.head_dim_v, tile.o)
         if is_wide:
-            wide.values(*product)
+            wide.values(*weighted)
         else:
-            narrow.values(*product)
+            narrow.values(*weighted)
 
     @glue
     def finish(problem, item, queries, count, tile, scratch):
@@ -371,6 +350,8 @@ def prefill(element: types.Float) -> int:
         problem = problem_at(problem_address)
         scratch, memory, integers = allocate(problem)
         height = problem.tiles * most
+        if problem.bias.storage != ABSENT and problem.k.storage == native:
+            height = min(height, _TILES_WITH_BIAS * most)
         # Where one head's queries do not fill a tile, those of the whole group share it.
         group_rows = problem.num_heads // problem.num_kv_heads * problem.seqlen_q
         segment = problem.seqlen_q if problem.seqlen_q >= most else group_rows

@@ -18,7 +18,6 @@ import argparse
 import importlib.util
 import io
 import itertools
-import os
 import re
 import sys
 import textwrap
@@ -385,7 +384,4 @@ if __name__ == "__main__":
     # A text may hold what the terminal's encoding has no character for.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # NumPy's products and attention take turns, each with threads of its own. Those of GNU OpenMP
-    # wait for the next call by spinning for milliseconds, and would keep the cores from NumPy's.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.exit(main())

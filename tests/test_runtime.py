@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -200,6 +201,23 @@ def test_import_loads_nothing_heavy():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in run.stdout.split()}
     assert loaded - sys.stdlib_module_names <= {"fastattn", "numpy"}
+
+
+def spin_after_a_launch(policy):
+    before = dict(os.environ)
+    fastattn.attention(*large_inputs())  # nothing of NumPy's BLAS, whose threads spin too
+    assert dict(os.environ) == before
+    assert numba.threading_layer() == "omp"
+    begin = time.process_time()
+    time.sleep(0.1)
+    # GOMP's own default is some ten milliseconds.
+    assert (time.process_time() - begin < 0.003) == (policy != "active")
+
+
+@pytest.mark.parametrize("policy", ["", "active"])
+def test_idle_threads_sleep_unless_the_caller_wants_them_awake(policy):
+    environment = {"OMP_WAIT_POLICY": policy} if policy else {}
+    in_a_process(spin_after_a_launch, policy, NUMBA_THREADING_LAYER="omp", **environment)
 
 
 def settings():

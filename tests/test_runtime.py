@@ -31,11 +31,15 @@ HAS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork 
 
 
 def in_a_process(function, *arguments, **environment):
-    """Call a function of this file in a fresh process, and show its error here."""
+    """Call a function of this file in a fresh process, and show its error here.
+
+    ``environment`` comes on top of this process's; None takes a variable out.
+    """
+    whole = os.environ | environment
     run = subprocess.run(
         [sys.executable, "-c", f"import test_runtime as t; t.{function.__name__}{arguments}"],
         cwd=Path(__file__).parent,
-        env=os.environ | environment,
+        env={name: value for name, value in whole.items() if value is not None},
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
@@ -214,10 +218,10 @@ def spin_after_a_launch(policy):
     assert (time.process_time() - begin < 0.003) == (policy != "active")
 
 
-@pytest.mark.parametrize("policy", ["", "active"])
+@pytest.mark.parametrize("policy", [None, "active"])
 def test_idle_threads_sleep_unless_the_caller_wants_them_awake(policy):
-    environment = {"OMP_WAIT_POLICY": policy} if policy else {}
-    in_a_process(spin_after_a_launch, policy, NUMBA_THREADING_LAYER="omp", **environment)
+    environment = {"NUMBA_THREADING_LAYER": "omp", "OMP_WAIT_POLICY": policy}
+    in_a_process(spin_after_a_launch, policy, **environment)
 
 
 def settings():

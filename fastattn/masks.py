@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import runtime
 from fastattn.arguments import check_int
 from fastattn.kernels.record import BLOCKS, HIDDEN
+from fastattn.plan import is_long
 from fastattn.problem import as_array, check_mod, check_window
 
 Array = NDArray[Any]
@@ -170,7 +171,11 @@ def create_block_mask(
     if states.size:
         from fastattn.kernels.blocks import block_states
 
-        runtime.launch(block_states(), record.view(np.int64), runtime.usable_threads())
+        workers = runtime.usable_threads()
+        # A function of the caller's takes about as long as a hundred multiply-adds.
+        work = 100 * batch * heads * seqlen_q * seqlen_kv
+        record_of_ints = record.view(np.int64)
+        runtime.launch(block_states(), record_of_ints, workers, is_long=is_long(work, workers))
     return BlockMask(states, (block_q, block_kv), (batch, heads, seqlen_q, seqlen_kv), mask_mod)
 
 

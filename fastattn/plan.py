@@ -17,6 +17,7 @@ class Plan(NamedTuple):
     is_decode: bool  # few queries for each kv head: `kernels/decode.py`, else `kernels/prefill.py`
     tiles: int  # query tiles of one work item
     workers: int  # threads
+    is_long: bool  # long enough for somebody to want to interrupt it
 
 
 # Queries that share a kv head, at most, for which the decode kernel runs. For one query it is 2 to
@@ -30,6 +31,11 @@ _MOST_ROWS_OF_ONE_CHUNK = 8
 # Multiply-adds below which one thread is faster: waking a team of threads takes a few
 # microseconds, in which one core does some hundred thousand of them.
 SERIAL_WORK = 300_000
+
+# Multiply-adds for each thread above which a call is one that may be interrupted: some 20 ms, and
+# up to half a second on the slowest cores and with the slowest function of the caller's for a
+# score. Listening takes some 30 microseconds, which nobody can measure in such a call.
+LONG_WORK = 1_000_000_000
 
 # Query tiles of one work item, at most. A block of keys and values is read from the second-level
 # cache once for all of them, and converted once where it is stored in 16 bits; with more, their
@@ -58,19 +64,26 @@ def plan(frame: Frame, threads: int) -> Plan:
     one_chunk = frame.seqlen_kv <= CHUNK
     is_decode = rows <= (_MOST_ROWS_OF_ONE_CHUNK if one_chunk else _MOST_ROWS)
     if threads == 1 or work < SERIAL_WORK:
-        return Plan(is_decode, _MOST_TILES, 1)
+        return Plan(is_decode, _MOST_TILES, 1, is_long(work, 1))
     if is_decode:
         items = frame.batch * frame.num_kv_heads * chunks(frame.seqlen_kv)
-        return Plan(True, 1, min(threads, items))
+        workers = min(threads, items)
+        return Plan(True, 1, workers, is_long(work, workers))
     tiles = -(-frame.batch * frame.num_heads * frame.seqlen_q // _TILE_QUERIES)
     per_item = tiles // (threads * _ITEMS_PER_WORKER)
-    return Plan(False, max(1, min(_MOST_TILES, per_item)), min(threads, tiles))
+    workers = min(threads, tiles)
+    return Plan(False, max(1, min(_MOST_TILES, per_item)), workers, is_long(work, workers))
+
+
+def is_long(work: int, workers: int) -> bool:
+    """Return whether so many multiply-adds on so many threads may take long."""
+    return work > LONG_WORK * workers
 
 
 def plan_packed(
     frame: Frame, packed: Packed, tile_queries: int, threads: int
-) -> tuple[int, int, Array]:
-    """Return the query tiles of one work item, the threads, and the work: (item, 3) integers.
+) -> tuple[Plan, Array]:
+    """Return the plan and its work: (item, 3) integers.
 
     That is (sequence, first row, rows) for one kv head, as the prefill kernel takes them. Rows of
     a sequence are the queries of its first query head, then of its second; where those of one head
@@ -81,7 +94,8 @@ def plan_packed(
     queries = np.diff(packed.starts)
     total = int(queries.sum()) * frame.num_heads
     pairs = int(queries @ packed.lengths) * frame.num_heads
-    serial = threads == 1 or pairs * (frame.head_dim + frame.head_dim_v) < SERIAL_WORK
+    multiply_adds = pairs * (frame.head_dim + frame.head_dim_v)
+    serial = threads == 1 or multiply_adds < SERIAL_WORK
     per_item = -(-total // tile_queries) // (threads * _ITEMS_PER_WORKER)
     tiles = _MOST_TILES if serial else max(1, min(_MOST_TILES, per_item))
 
@@ -103,4 +117,5 @@ def plan_packed(
     seen = np.maximum(last - np.maximum(position - packed.left, 0) + 1, 0)
     order = np.argsort(-rows * seen, kind="stable")
     work = np.stack([sequence, first, rows], axis=-1)[order]
-    return tiles, 1 if serial else min(threads, len(work) * frame.num_kv_heads), work
+    workers = 1 if serial else min(threads, len(work) * frame.num_kv_heads)
+    return Plan(False, tiles, workers, is_long(multiply_adds, workers)), work

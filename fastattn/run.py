@@ -9,7 +9,7 @@ import numpy as np
 
 from fastattn import runtime
 from fastattn.kernels.record import BLOCK_KV, CHUNK, HALF, PROBLEM, field
-from fastattn.plan import chunks, plan, plan_packed
+from fastattn.plan import Plan, chunks, plan, plan_packed
 from fastattn.problem import Array, Format, Frame, Problem, known_format
 
 
@@ -63,7 +63,7 @@ def _is_read_in_place(problem: Problem, stored: Format) -> bool:
 
 def run_packed(problem: Problem) -> None:
     """Plan and run a checked call of packed sequences."""
-    query, key, value, out, lse, record, form, frame, *_, packed = problem
+    _, _, _, out, lse, record, form, frame, *_, packed = problem
     if out.size == 0 and lse.size == 0:
         return
     from numba.np.numpy_support import from_dtype
@@ -73,15 +73,10 @@ def run_packed(problem: Problem) -> None:
     assert packed is not None  # that is what the call is
     ready = _compiled(form, form, is_decode=False, in_place=False)
     tile_queries = most_queries(from_dtype(form.accumulation))
-    tiles, workers, work = plan_packed(frame, packed, tile_queries, runtime.usable_threads())
+    planned, work = plan_packed(frame, packed, tile_queries, runtime.usable_threads())
     fields = record.view(PROBLEM)[0]
     fields["work"], fields["work_items"] = work.ctypes.data, len(work)
-    if workers == 1:
-        ready.run(query, key, value, out, lse, tiles, record, ready.kernel)
-    else:
-        placed = np.empty_like(record)
-        ready.place(query, key, value, out, lse, tiles, record, placed)
-        runtime.launch(ready.kernel, placed, workers)
+    _call(ready, problem, record, planned)
 
 
 _PAGE_SIZE, _STATES, _FINISHED = field("page_size"), field("states"), field("finished")
@@ -90,12 +85,13 @@ _ready: dict[tuple[int, int, bool, bool], _Compiled] = {}
 
 def run(problem: Problem) -> None:
     """Plan a checked problem and run it."""
-    query, key, value, out, lse, record, form, frame, *_, stored, _ = problem
+    _, _, _, out, lse, record, form, frame, *_, stored, _ = problem
     if out.size == 0 and lse.size == 0:
         return
     if stored is None:
         stored = form
-    is_decode, tiles, workers = plan(frame, runtime.usable_threads())
+    planned = plan(frame, runtime.usable_threads())
+    is_decode = planned.is_decode
     in_place = (
         is_decode
         and stored.view.itemsize < form.accumulation.itemsize
@@ -107,12 +103,20 @@ def run(problem: Problem) -> None:
         ready = _ready[name] = _compiled(form, stored, is_decode, in_place)
     if is_decode and frame.seqlen_kv > CHUNK:
         record, _room = _with_states(record, frame, form)
-    if workers == 1:
-        ready.run(query, key, value, out, lse, tiles, record, ready.kernel)
+    _call(ready, problem, record, planned)
+
+
+def _call(ready: _Compiled, problem: Problem, record: Array, planned: Plan) -> None:
+    """Call the compiled code as planned, with a record that may know more than the problem's."""
+    query, key, value, out, lse, *_ = problem
+    _, tiles, workers, is_long = planned
+    if workers == 1 and not is_long:
+        taken = ready.run(query, key, value, out, lse, tiles, record, ready.kernel)
+        runtime.check_taken(taken)
     else:
         placed = np.empty_like(record)
         ready.place(query, key, value, out, lse, tiles, record, placed)
-        runtime.launch(ready.kernel, placed, workers)
+        runtime.launch(ready.kernel, placed, workers, is_long=is_long)
 
 
 def _with_states(record: Array, frame: Frame, form: Format) -> tuple[Array, tuple[Array, ...]]:

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import os
 import platform
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastattn.problem import check_dtype
+from fastattn.kernels.record import COUNTER, STOPPED
+from fastattn.problem import Array, check_dtype
 from fastattn.progress import draw_progress
 
 _threads: int | None = None
 _in_forked_child = False
 _among_others: ContextVar[bool] = ContextVar("_among_others", default=False)
-# Numba's workqueue aborts the process when two Python threads launch at once. Before the first
-# launch nobody knows which layer it will be, so every launch tries for the lock until then.
+# Numba's workqueue aborts the process when two Python threads launch at once.
 _launching = threading.Lock()
 _layer: str | None = None
+# What the thread beside the main one is asked to do, once there is such a thread.
+_asked: queue.SimpleQueue[Callable[[], None]] | None = None
 
 
 # How often GOMP's threads ask for more work before they sleep: some 30 microseconds. Its default,
@@ -40,9 +42,10 @@ _CALLERS_CHOICE = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def _after_fork() -> None:
-    global _in_forked_child, _launching
+    global _in_forked_child, _launching, _asked
     _in_forked_child = True
     _launching = threading.Lock()
+    _asked = None
 
 
 if hasattr(os, "register_at_fork"):
@@ -148,29 +151,131 @@ def _threads_that_sleep_soon() -> Iterator[None]:
             del os.environ[name]
 
 
-def launch(kernel: int, record: Any, workers: int) -> None:
+# ---------------------------------------------------------------------------
+# Launches
+# ---------------------------------------------------------------------------
+
+
+def launch(kernel: int, record: Array, workers: int, *, is_long: bool) -> None:
+    """Run a kernel; where it takes long, so that the handler of a signal can end it.
+
+    Raises what the handler raises, and MemoryError.
+    """
+    if is_long and threading.current_thread() is threading.main_thread():
+        _call_beside(
+            partial(_launch, kernel, record, workers),
+            partial(record.__setitem__, COUNTER, STOPPED),
+        )
+    else:
+        _launch(kernel, record, workers)
+
+
+def _launch(kernel: int, record: Array, workers: int) -> None:
     """Run a kernel on several threads, or on one where the layer is busy and cannot."""
     global _layer
     from fastattn.kernels import launch as kernels
 
     if workers == 1:
         kernels.call(kernel, record)
-    elif _layer in ("omp", "tbb"):
-        kernels.launcher()(kernel, record, workers)
-    elif _launching.acquire(blocking=False):
-        try:
-            if _layer is None:
-                import numba
-
-                with _threads_that_sleep_soon():
-                    kernels.launcher()(kernel, record, workers)
-                _layer = numba.threading_layer()
-            else:
-                kernels.launcher()(kernel, record, workers)
-        finally:
-            _launching.release()
     else:
-        kernels.call(kernel, record)
+        launcher = kernels.launcher()
+        if _layer is None:
+            import numba
+
+            _layer = numba.threading_layer()  # which loading the launcher has started
+        if _layer != "workqueue":
+            launcher(kernel, record, workers)
+        elif _is_ours() and _launching.acquire(blocking=False):
+            try:
+                launcher(kernel, record, workers)
+            finally:
+                _launching.release()
+        else:
+            kernels.call(kernel, record)
+    check_taken(int(record[COUNTER]))
+
+
+def check_taken(items: int) -> None:
+    """Raise MemoryError where no work item was taken: no thread had memory for its scratch.
+
+    Where only some have none, the others do their work.
+    """
+    if items == 0:
+        raise MemoryError("there must be memory for the scratch of one thread: got none")
+
+
+def _is_ours() -> bool:
+    """Return whether this thread is Python's: workqueue aborts at a launch inside a launch."""
+    return not isinstance(threading.current_thread(), threading._DummyThread)
+
+
+# ---------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------
+
+
+def _call_beside(call: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Make a call on the thread beside the main one, which waits where Python hears signals.
+
+    What the handler of a signal raises stops the call. It goes on when the call has ended, so that
+    nothing is written to the caller's arrays after it. Handlers that return change nothing.
+    """
+    asked = _thread_beside()
+    if asked is None:
+        call()
+        return
+    turn, ended = threading.Lock(), threading.Lock()
+    ended.acquire()
+    pending, errors = [True], list[BaseException]()
+
+    def answer() -> None:
+        if turn.acquire(blocking=False):
+            try:
+                call()
+            except BaseException as error:
+                errors.append(error)
+            pending.clear()
+            ended.release()
+
+    is_asked = False
+    try:
+        while pending:
+            try:
+                if not is_asked:
+                    is_asked = True
+                    asked.put(answer)
+                ended.acquire()
+            except BaseException as error:
+                stop()
+                errors.append(error)
+                if turn.acquire(blocking=False):
+                    break  # the call has not begun, and never will
+        if errors:
+            raise errors[0]
+    finally:
+        errors.clear()  # an error knows this frame: a cycle would keep the caller's arrays
+
+
+def _thread_beside() -> queue.SimpleQueue[Callable[[], None]] | None:
+    """Return what the thread beside the main one listens to; None where there can be no thread.
+
+    It is one thread, and not one for each call: OpenMP gives each thread that launches a team of
+    its own.
+    """
+    global _asked
+    if _asked is None:
+        asked = queue.SimpleQueue[Callable[[], None]]()
+        try:
+            threading.Thread(target=_answer, args=(asked,), name="fastattn", daemon=True).start()
+        except RuntimeError:  # too many threads, or too little memory, or Python is ending
+            return None
+        _asked = asked
+    return _asked
+
+
+def _answer(asked: queue.SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        asked.get()()
 
 
 # ---------------------------------------------------------------------------

@@ -2,9 +2,13 @@
 
 Numba keys its own cache on the decorated function's file alone, so that an edit in a
 helper leaves old machine code running. Here the key is every file of this package, with
-the versions of Numba and llvmlite; Numba adds the CPU. Kept code is unpickled, so it
-lives in a directory that belongs to the user alone. Where there is none, or anything
+the versions of Numba, llvmlite and Python; Numba adds the CPU. Kept code is unpickled, so
+it lives in a directory that belongs to the user alone. Where there is none, or anything
 goes wrong with a file, code is compiled in memory: slower, never wrong.
+
+One file holds the code of one function for one CPU. It appears under its name when it is
+complete, so that processes which start at once need not know of each other, and begins
+with a digest of the rest: a flipped bit of machine code would not raise, but run.
 """
 
 from __future__ import annotations
@@ -12,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import pickle
 import re
 import stat
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,12 +28,15 @@ from typing import Any, ClassVar
 import llvmlite
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.core.serialize import dumps
 
 
 @cache
 def source_stamp() -> str:
     """Digest of the kernels' sources and of what compiles them."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    # Free-threaded Python of the same version has another ABI.
+    python = f"{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {python}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
@@ -120,13 +129,54 @@ class _Implementation(CompileResultCacheImpl):
         self._filename_base = name
 
 
+class _Files:
+    """The files of one function, one for each key."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._name = name
+
+    def _path(self, key: Any) -> Path:
+        return self._folder / f"{self._name}.{_digest(repr(key).encode()).hex()[:16]}.code"
+
+    def load(self, key: Any) -> Any:
+        """Return what was saved; None where there is nothing."""
+        try:
+            content = self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, data = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+        if digest != _digest(data):
+            raise ValueError(f"the file of {self._name} is torn")
+        return pickle.loads(data)  # noqa: S301, the directory belongs to the user alone
+
+    def save(self, key: Any, content: Any) -> None:
+        data = dumps(content)
+        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=self._name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(_digest(data) + data)
+            Path(temporary).replace(self._path(key))
+        except BaseException:
+            Path(temporary).unlink()
+            raise
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+_DIGEST_SIZE = len(_digest(b""))
+
+
 class CodeCache(FunctionCache):
-    """Numba's cache with this package's key, directory and forgiveness."""
+    """Numba's cache with this package's key, directory, files and forgiveness."""
 
     def __init__(self, py_func: Any, name: str) -> None:
         self._kept_name = name
         self._impl_class = lambda function: _Implementation(function, name)
         super().__init__(py_func)
+        self._cache_file = _Files(Path(self._cache_path), name)
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         # The name says which closure this is; pickled cells would differ between processes.
@@ -138,9 +188,7 @@ class CodeCache(FunctionCache):
             return super().load_overload(sig, target_context)
         except Exception:
             # A torn or foreign file: whatever unpickling or linking says, compiling is right, and
-            # an empty index lets the new code be kept.
-            with contextlib.suppress(Exception):
-                self.flush()
+            # the new code will take its place.
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:

@@ -32,7 +32,7 @@ from numba import types
 from .compile import glue, kernel
 from .host import HOST
 from .items import between, item_of, key_address, lie_together, problem_at, row_at, scale_of
-from .record import ABSENT, BLOCK_KV, CHUNK, COUNTER_OFFSET, FLOAT32, FLOAT64, INT8
+from .record import ABSENT, BLOCK_KV, CHUNK, FLOAT32, FLOAT64, INT8
 from .rows import careful_rows, key_scaler, row_softmax, rows_of
 from .simd import address, data, itemsize, keep, lanes_of, on, pointer, take_ticket
 from .staging import staging
@@ -309,7 +309,7 @@ def decode(element: types.Float, storage: int) -> int:
         v_length = scratch.v_length
         size = rows * (v_length + 2) * itemsize(scratch.q)
         extent = scratch.places.extent
-        counter = pointer(problem_address + COUNTER_OFFSET, _INTEGER)
+        counter = pointer(problem_address, _INTEGER)
         number = take_ticket(counter)
         while number < items:
             head, chunk = number // chunks, number % chunks

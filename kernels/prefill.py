@@ -31,7 +31,7 @@ from numba import types
 from .compile import glue, kernel
 from .host import HOST
 from .items import between, item_of, problem_at, row_at
-from .record import ABSENT, BLOCK_KV, COUNTER_OFFSET, FLOAT32, FLOAT64
+from .record import ABSENT, BLOCK_KV, FLOAT32, FLOAT64, STOPPED
 from .simd import (
     address,
     bytes_on,
@@ -39,6 +39,7 @@ from .simd import (
     itemsize,
     keep,
     lanes_of,
+    last_ticket,
     on,
     pointer,
     prefetch_to_write,
@@ -255,8 +256,11 @@ def prefill(element: types.Float) -> int:
         return skip, min(keys, extent[3] + 1 - key) - skip
 
     @glue
-    def attend_rows(problem, item, row, rows, scratch):
-        """One work item: so many rows of one kv head against all keys that they see."""
+    def attend_rows(problem, item, row, rows, scratch, counter):
+        """One work item: so many rows of one kv head against all keys that they see.
+
+        Their output is left as it is where the work is stopped meanwhile.
+        """
         count = (rows + most - 1) // most
         first_key = item.seqlen_kv
         last_key = np.int64(-1)
@@ -268,6 +272,8 @@ def prefill(element: types.Float) -> int:
             last_key = max(last_key, tile.places.extent[3])
 
         for key in range(first_key // BLOCK_KV * BLOCK_KV, last_key + 1, BLOCK_KV):
+            if last_ticket(counter) >= STOPPED:
+                return
             keys = min(BLOCK_KV, last_key + 1 - key)
             most_seen = np.int64(NOTHING)
             some_hidden = False
@@ -360,7 +366,7 @@ def prefill(element: types.Float) -> int:
         items = problem.batches * problem.num_kv_heads * segments * chunks
         if problem.work != 0:
             items = problem.work_items * problem.num_kv_heads
-        counter = pointer(problem_address + COUNTER_OFFSET, _INTEGER)
+        counter = pointer(problem_address, _INTEGER)
         number = take_ticket(counter)
         while number < items:
             if problem.work != 0:
@@ -376,7 +382,7 @@ def prefill(element: types.Float) -> int:
                 row = head % segments * segment + chunk * height
                 rows = min(height, segment - chunk * height)
             item = item_of(problem, kv_head, batch, itemsize(scratch.s))
-            attend_rows(problem, item, row, rows, scratch)
+            attend_rows(problem, item, row, rows, scratch, counter)
             number = take_ticket(counter)
         keep(memory)
         keep(integers)

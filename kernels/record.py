@@ -48,13 +48,18 @@ BLOCK_MASK = np.dtype(
     ]
 )
 
+# Every record that a kernel is called with begins with the number of the next work item.
+COUNTER = 0
+# What it is set to for work to stop: beyond all items, however many tickets are still taken.
+STOPPED = 1 << 62
+
 PROBLEM = np.dtype(
-    [(name, OPERAND) for name in OPERANDS]
+    [("counter", np.int64)]
+    + [(name, OPERAND) for name in OPERANDS]
     + [
         (name, np.int64)
         for name in (
             "lse",  # address of (batch, head, query) in the accumulation type
-            "counter",  # the number of the next work item
             "tiles",  # query tiles of one work item
             "batches",
             "num_heads",
@@ -119,7 +124,7 @@ BLOCKS = np.dtype(
     [
         (name, np.int64)
         for name in (
-            "counter",  # the number of the next row of blocks
+            "counter",  # as in PROBLEM, of rows of blocks
             "batches",
             "heads",
             "seqlen_q",
@@ -136,8 +141,6 @@ BLOCK_KV = 64
 # Keys of one chunk of decode. Small enough to share one long sequence between many cores, large
 # enough for what is kept of each to be little: two rows of V, in the size of 2 CHUNK rows read.
 CHUNK = 512
-
-COUNTER_OFFSET = PROBLEM.fields["counter"][1]  # type: ignore[index]
 
 
 def field(name: str) -> int:

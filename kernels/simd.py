@@ -1223,6 +1223,16 @@ def take_ticket(typingctx, counter):
     return types.int64(counter), codegen
 
 
+@intrinsic
+def last_ticket(typingctx, counter):
+    """What the counter holds now, whoever else writes it."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(args[0], "monotonic", 8)
+
+    return types.int64(counter), codegen
+
+
 # ---------------------------------------------------------------------------
 # Scalar code over lanes
 # ---------------------------------------------------------------------------

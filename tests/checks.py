@@ -1,6 +1,11 @@
-"""What the tests measure with: the naive code, the bound it gives, inputs, memory layouts."""
+"""What the tests measure with: the naive code and its bound, inputs, processes, layouts."""
 
+import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -270,6 +275,26 @@ def assert_same_bits(ours: Array, expected: Array) -> None:
     assert ours.tobytes() == expected.tobytes(), (
         f"largest difference {np.nanmax(np.abs(to_float64(ours) - to_float64(expected))):.2e}"
     )
+
+
+TIMEOUT = 120  # seconds in which a process ends that does not hang
+
+
+def in_a_process(
+    function: Callable[..., None], *arguments: Any, status: int = 0, **environment: str
+) -> None:
+    """Call a function of a test file in a fresh process, and show its error here."""
+    module, name = Path(inspect.getfile(function)).stem, function.__name__
+    run = subprocess.run(
+        [sys.executable, "-c", f"import {module}; {module}.{name}{arguments}"],
+        cwd=Path(__file__).parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert run.returncode == status, run.stderr
 
 
 # Memory layouts. Each gives an array with the values of x and memory of another kind; the three of

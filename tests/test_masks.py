@@ -209,7 +209,7 @@ class TestCompilation:
 
 def kept(directory):
     """Return the files of compiled mask_mods."""
-    return set(Path(directory).rglob("*mask_tile*.nbc"))
+    return set(Path(directory).rglob("*mask_tile*.code"))
 
 
 PROGRAM = """

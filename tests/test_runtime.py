@@ -11,12 +11,18 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
-from checks import FLOAT_DTYPES, assert_same_bits, layouts, make_inputs
+from checks import (
+    FLOAT_DTYPES,
+    TIMEOUT,
+    assert_same_bits,
+    in_a_process,
+    layouts,
+    make_inputs,
+)
 from numba.core.dispatcher import Dispatcher
 from numpy.testing import assert_allclose
 
@@ -25,28 +31,7 @@ from fastattn import reference, runtime
 from fastattn.plan import plan
 from fastattn.problem import check
 
-TIMEOUT = 120  # seconds in which a process ends that does not hang
-
 HAS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this platform")
-
-
-def in_a_process(function, *arguments, **environment):
-    """Call a function of this file in a fresh process, and show its error here.
-
-    ``environment`` comes on top of this process's; None takes a variable out.
-    """
-    whole = os.environ | environment
-    run = subprocess.run(
-        [sys.executable, "-c", f"import test_runtime as t; t.{function.__name__}{arguments}"],
-        cwd=Path(__file__).parent,
-        env={name: value for name, value in whole.items() if value is not None},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run
 
 
 def large_inputs(seed=0):

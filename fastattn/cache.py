@@ -76,7 +76,10 @@ class KVCache:
     Notes
     -----
     `append` writes the new tokens and touches nothing else. A call that raises leaves the cache as
-    it was. Nothing here is safe to be used by several threads at once.
+    it was.
+
+    *Threads.* Any number may call `attend` at once, and read `lengths` and `positions`. While one
+    calls what writes (`append`, `truncate`, `reorder`), no other may use the cache: hold a lock.
 
     *int8* keeps ``round(127 x / max(abs(x)))`` for each row, with the maximum over the features of
     one token and head. On normal data outputs differ from those of a float32 cache by less than 1%

@@ -52,7 +52,10 @@ class PagedKVCache:
     -----
     Sequences share the pages of a common prefix (`add` with `share`). Each page counts who uses it;
     whoever writes to a page that others use gets a copy of it first. A call that raises leaves
-    every sequence as it was. Nothing here is safe to be used by several threads at once.
+    every sequence as it was.
+
+    *Threads.* One at a time may write (`add`, `append`, `free`): hold a lock. Meanwhile any number
+    may `attend` to other sequences, also to those that share pages with what is written.
 
     References
     ----------

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -295,6 +296,33 @@ def in_a_process(
         check=False,
     )
     assert run.returncode == status, run.stderr
+
+
+def _folder_of_tbb() -> Path | None:
+    """Return where pip put TBB's library, which is not where the system looks."""
+    try:
+        files = metadata.files("tbb") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next(Path(each.locate()).resolve().parent for each in files if "libtbb" in each.name)
+
+
+_TBB = _folder_of_tbb()
+
+# Numba's ways to have threads.
+LAYERS = [
+    "omp",
+    "workqueue",
+    pytest.param(
+        "tbb", marks=pytest.mark.skipif(_TBB is None, reason="the package tbb is not installed")
+    ),
+]
+
+
+def with_layer(layer: str) -> dict[str, str]:
+    """Return the environment of a process that takes one of the layers."""
+    chosen = {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
+    return chosen | {"LD_LIBRARY_PATH": str(_TBB)} if layer == "tbb" else chosen
 
 
 # Memory layouts. Each gives an array with the values of x and memory of another kind; the three of

@@ -3,6 +3,7 @@
 Every case is a process of its own that runs a copy of the package, so that its sources can change.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
+from checks import TIMEOUT
 from fastattn.kernels import code_cache
 from numpy.testing import assert_allclose
 
@@ -33,6 +36,14 @@ EXPONENTIALS["float32"] = EXPONENTIALS["float32"]._replace(
 )
 """
 
+# What takes few functions, and so little time where nothing can be kept.
+SMALL_CALL = """
+from fastattn import create_block_mask
+def mask_mod(b, h, i, j):
+    return i >= j
+print(create_block_mask(mask_mod, 1, 1, 4, 4, block_size=2).states[0, 0].tolist())
+"""
+
 # The processes compile a kernel each.
 pytestmark = pytest.mark.long
 
@@ -51,25 +62,44 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kept(tree, tmp_path_factory):
-    """Return the directory that a first process has filled."""
+    """Return the directory that two first processes have filled, which started at once."""
     directory = tmp_path_factory.mktemp("kept")
-    assert_right(call(tree, directory))
+    for started in [start(tree, directory) for _ in range(2)]:
+        assert_right(output_of(started))
     assert files(directory)
     return directory
 
 
+def start(tree, directory, code=CALL, **keywords):
+    """Start a process that keeps its code in a directory and prints a result."""
+    environment = os.environ | {"FASTATTN_CACHE_DIR": str(directory)} | keywords.pop("env", {})
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tree,  # where Python looks first
+        env={name: value for name, value in environment.items() if value is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **keywords,
+    )
+
+
+def output_of(process):
+    """Return what a process has printed; it succeeds without a word about files."""
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, errors
+    assert not errors
+    return np.array(json.loads(output), np.float32)
+
+
 def call(tree, directory):
     """Return what attention in a new process returns, with its code kept in a directory."""
-    run = subprocess.run(
-        [sys.executable, "-c", CALL],
-        cwd=tree,  # where Python looks first
-        env=os.environ | {"FASTATTN_CACHE_DIR": str(directory)},
-        capture_output=True,
-        text=True,
-        check=False,  # the error is in stderr
-    )
-    assert run.returncode == 0, run.stderr
-    return np.array(json.loads(run.stdout), np.float32)
+    return output_of(start(tree, directory))
+
+
+def assert_small_call_is_right(tree, directory, **keywords):
+    states = output_of(start(tree, directory, SMALL_CALL, **keywords))
+    np.testing.assert_array_equal(states, [[1, 0], [2, 1]])
 
 
 def assert_right(output):
@@ -102,20 +132,151 @@ def test_edit_of_a_helper_is_seen(tree, kept, tmp_path):
     assert files(kept) == after
 
 
-def test_torn_files(tree, kept, tmp_path):
-    """Half of the functions lose a half of their index, the others a half of their code.
+def flip(path):
+    """Change one bit in the middle, where the machine code is."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
-    Not the kernel itself, which takes as long to compile as all of them.
-    """
-    directory = shutil.copytree(kept, tmp_path / "torn")
-    functions = [path for path in files(directory) if "_decode_" not in path.name]
-    names = sorted({path.name.split(".")[0] for path in functions})
-    assert len(names) > 10
-    for path in functions:
-        torn = ".nbi" if names.index(path.name.split(".")[0]) % 2 else ".nbc"
-        if path.suffix == torn:
-            os.truncate(path, path.stat().st_size // 2)
+
+SPOILT = [
+    lambda path: os.truncate(path, path.stat().st_size // 2),
+    lambda path: os.truncate(path, 0),
+    lambda path: path.write_bytes(os.urandom(1000)),
+    flip,
+]
+
+
+def test_spoilt_files(tree, kept, tmp_path):
+    """Every file is torn, emptied, foreign or has another bit, and is replaced by a good one."""
+    directory = shutil.copytree(kept, tmp_path / "spoilt")
+    names = sorted(files(directory))
+    good = {path: path.stat().st_size for path in names}
+    for n, path in enumerate(names):
+        SPOILT[n % len(SPOILT)](path)
+    spoilt = files(directory)
     assert_right(call(tree, directory))
+    after = files(directory)
+    assert after.keys() == spoilt.keys()
+    assert all(after[path] != spoilt[path] for path in names)
+    assert {path: size for path, (size, _) in after.items()} == pytest.approx(good, rel=0.01)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    """Each of them, of the digest as well as of the code, and nothing is unpickled."""
+    store = code_cache._Files(tmp_path, "name")
+    store.save("key", [1, 2, 3])
+    assert store.load("key") == [1, 2, 3]
+    assert store.load("another key") is None
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    for n in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[n // 8] ^= 1 << n % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="torn"):
+            store.load("key")
+
+
+def test_code_of_another_cpu(tree, tmp_path):
+    """Of one with fewer instructions, and of one with more: each has its own."""
+    smaller = {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": ""}
+    assert_small_call_is_right(tree, tmp_path, env=smaller)
+    of_smaller = files(tmp_path)
+    assert_small_call_is_right(tree, tmp_path)
+    both = files(tmp_path)
+    assert len(both) == 2 * len(of_smaller)
+    assert of_smaller.items() < both.items()
+    assert_small_call_is_right(tree, tmp_path, env=smaller)
+    assert files(tmp_path) == both
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "other"),
+    [
+        (numba, "__version__", "0.1"),
+        (code_cache.llvmlite, "__version__", "0.1"),
+        (sys, "abiflags", "another"),
+    ],
+)
+def test_code_of_other_versions(module, name, other, monkeypatch):
+    before = code_cache.source_stamp.__wrapped__()
+    monkeypatch.setattr(module, name, other)
+    assert code_cache.source_stamp.__wrapped__() != before
+
+
+# ---------------------------------------------------------------------------
+# Nowhere to write
+# ---------------------------------------------------------------------------
+
+_DAC_OVERRIDE, _DAC_READ_SEARCH, _DROP_FROM_BOUNDING_SET = 1, 2, 24
+
+
+def obey_modes():
+    """Let even root need a permission to write, from the next exec on."""
+    for capability in (_DAC_OVERRIDE, _DAC_READ_SEARCH):
+        ctypes.CDLL(None).prctl(_DROP_FROM_BOUNDING_SET, capability, 0, 0, 0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="capabilities are Linux's")
+def test_read_only_install_without_a_home(tree, tmp_path):
+    """Neither the package nor the home of its user can be written, and the latter has no name."""
+    installed = shutil.copytree(tree, tmp_path / "installed")
+    for path in (installed, *(each for each in installed.rglob("*") if each.is_dir())):
+        path.chmod(0o500)
+    environment = {"FASTATTN_CACHE_DIR": None, "XDG_CACHE_HOME": None, "HOME": str(installed)}
+    try:
+        assert_small_call_is_right(installed, "", env=environment, preexec_fn=obey_modes)
+        assert not list(installed.rglob("*.code"))
+    finally:
+        for path in (installed, *(each for each in installed.rglob("*") if each.is_dir())):
+            path.chmod(0o700)
+
+
+def test_nobody_knows_the_home(monkeypatch):
+    for name in ("FASTATTN_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(Path, "home", unknown_home)
+    assert code_cache.root() is None
+    assert code_cache.directory.__wrapped__() is None
+
+
+def unknown_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def full_disk():
+    """Let no file of this process grow beyond a few bytes: what is written fails half way."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for a full disk is Unix's")
+def test_full_disk(tree, tmp_path):
+    assert_small_call_is_right(tree, tmp_path, preexec_fn=full_disk)
+    assert not files(tmp_path), "nothing half written is left"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a folder on a disk of 64 KiB."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path],
+        capture_output=True,
+        check=False,  # not everybody may
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tmpfs is Linux's")
+def test_small_disk(tree, small_disk):
+    assert_small_call_is_right(tree, small_disk)
+    assert not list(small_disk.rglob("*.part"))
 
 
 def test_in_memory_where_nothing_can_be_written(tree, tmp_path):

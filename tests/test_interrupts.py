@@ -15,6 +15,7 @@ import pytest
 from checks import assert_same_bits, in_a_process
 
 import fastattn
+from fastattn import runtime
 from fastattn.plan import LONG_WORK, plan
 from fastattn.problem import check_arrays
 
@@ -127,15 +128,21 @@ def test_sigterm_ends_the_process():
     in_a_process(terminate, status=-signal.SIGTERM)
 
 
-# A call that is known to be long, in a twentieth of a second.
+def is_long(length, threads):
+    problem = check_arrays(*inputs(length, heads=1), False, None, "bhld")
+    return plan(problem.frame, threads).is_long
+
+
+def test_which_calls_are_long():
+    """Twice the threads, half the time; those that are short are launched as they always were."""
+    at_bound = int((LONG_WORK / 128) ** 0.5)
+    assert [is_long(at_bound + n, 1) for n in (0, 1)] == [False, True]
+    assert [is_long(at_bound + 1, n) for n in (1, 2)] == [True, False]
 
 
 def long_inputs():
-    arrays = inputs(6000, heads=1)
-    problem = check_arrays(*arrays, False, None, "bhld")
-    assert plan(problem.frame, 1).is_long
-    assert plan(problem.frame, 4).workers * LONG_WORK > 6000**2 * 128
-    return arrays
+    """Return inputs of a call that is long on a few threads, in a twentieth of a second."""
+    return inputs(6000, heads=1)
 
 
 def test_handlers_that_return_change_nothing():
@@ -150,7 +157,7 @@ def test_handlers_that_return_change_nothing():
         signal.setitimer(signal.ITIMER_REAL, 0)
         ended = time.perf_counter()
     finally:
-        fastattn.set_num_threads(fastattn.runtime._most_threads())
+        fastattn.set_num_threads(runtime._most_threads())
         signal.signal(signal.SIGALRM, before)
     assert heard
     assert heard[0] < ended - 0.005, "a handler runs meanwhile, not afterwards"
@@ -181,9 +188,7 @@ def test_a_handler_may_call_itself():
     arrays = long_inputs()
     expected = fastattn.attention(*arrays)
     results = []
-    before = signal.signal(
-        signal.SIGALRM, lambda *_: results.append(fastattn.attention(*arrays))
-    )
+    before = signal.signal(signal.SIGALRM, lambda *_: results.append(fastattn.attention(*arrays)))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.005)
         results.append(fastattn.attention(*arrays))

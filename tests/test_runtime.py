@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from checks import (
     FLOAT_DTYPES,
+    LAYERS,
     TIMEOUT,
     assert_same_bits,
     in_a_process,
     layouts,
     make_inputs,
+    with_layer,
 )
 from numba.core.dispatcher import Dispatcher
 from numpy.testing import assert_allclose
@@ -139,9 +141,9 @@ def call_from_many_threads(layer):
     assert numba.threading_layer() == layer
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", LAYERS)
 def test_many_python_threads(layer):
-    in_a_process(call_from_many_threads, layer, NUMBA_THREADING_LAYER=layer)
+    in_a_process(call_from_many_threads, layer, **with_layer(layer))
 
 
 # ---------------------------------------------------------------------------
@@ -163,9 +165,9 @@ def fork_after_first_use(layer):
 
 
 @HAS_FORK
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", LAYERS)
 def test_fork_after_first_use(layer):
-    in_a_process(fork_after_first_use, layer, NUMBA_THREADING_LAYER=layer)
+    in_a_process(fork_after_first_use, layer, **with_layer(layer))
 
 
 def call_in_pool(method):

@@ -1,29 +1,17 @@
-"""Load: everything public from many threads at once, under every layer, inside what others start."""
+"""Load: everything public from many threads at once, under every layer, beside others' threads."""
 
 import asyncio
 import ctypes
-import importlib.util
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 import pytest
-from checks import assert_same_bits, in_a_process, make_inputs
+from checks import LAYERS, assert_same_bits, in_a_process, make_inputs, with_layer
 
 import fastattn
 from fastattn import runtime
-
-LAYERS = [
-    "omp",
-    "workqueue",
-    pytest.param(
-        "tbb",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("tbb") is None, reason="the package tbb is not installed"
-        ),
-    ),
-]
 
 
 def softer(score, b, h, i, j):
@@ -143,7 +131,7 @@ def call_in_a_loop_of_numba():
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_entry_point_at_once(layer):
-    in_a_process(call_everything, layer, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+    in_a_process(call_everything, layer, **with_layer(layer))
 
 
 # ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn import runtime
 from fastattn.arguments import check_int
 from fastattn.kernels.record import BLOCKS, HIDDEN
+from fastattn.loading import loads
 from fastattn.plan import is_long
 from fastattn.problem import as_array, check_mod, check_window
 
@@ -169,14 +170,22 @@ def create_block_mask(
     asked["queries"], asked["keys"] = block_q, block_kv
     asked["mask_mod"] = (custom.address, custom.frozen.ctypes.data)
     if states.size:
-        from fastattn.kernels.blocks import block_states
-
         workers = runtime.usable_threads()
         # A function of the caller's takes about as long as a hundred multiply-adds.
         work = 100 * batch * heads * seqlen_q * seqlen_kv
         record_of_ints = record.view(np.int64)
-        runtime.launch(block_states(), record_of_ints, workers, is_long=is_long(work, workers))
+        runtime.launch(_block_states(), record_of_ints, workers, is_long=is_long(work, workers))
     return BlockMask(states, (block_q, block_kv), (batch, heads, seqlen_q, seqlen_kv), mask_mod)
+
+
+@cache
+@loads
+def _block_states() -> int:
+    """Return the address of the kernel."""
+    from fastattn.kernels.blocks import block_states
+
+    states: int = block_states()
+    return states
 
 
 # ---------------------------------------------------------------------------

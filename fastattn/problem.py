@@ -29,6 +29,7 @@ from fastattn.kernels.record import (
     OPERANDS,
     PROBLEM,
 )
+from fastattn.loading import loads
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -945,6 +946,7 @@ def check_mod(name: str, function: Any, accumulation: np.dtype[Any] | None = Non
 
 
 @lru_cache(maxsize=256)
+@loads
 def _compiled_mod(name: str, function: Any, accumulation: np.dtype[Any] | None) -> Any:
     """Check and compile a function of the caller's, once."""
     expected = _ARGUMENTS[accumulation is None :]

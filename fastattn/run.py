@@ -9,6 +9,7 @@ import numpy as np
 
 from fastattn import runtime
 from fastattn.kernels.record import BLOCK_KV, CHUNK, HALF, PROBLEM, field
+from fastattn.loading import loads
 from fastattn.plan import Plan, chunks, plan, plan_packed
 from fastattn.problem import Array, Format, Frame, Problem, known_format
 
@@ -22,6 +23,7 @@ class _Compiled(NamedTuple):
 
 
 @cache
+@loads
 def _compiled(form: Format, stored: Format, is_decode: bool, in_place: bool) -> _Compiled:
     """Compile or load it; Numba, imported at the first call, takes most of a second by itself."""
     from numba.np.numpy_support import from_dtype
@@ -39,6 +41,7 @@ def _compiled(form: Format, stored: Format, is_decode: bool, in_place: bool) -> 
 
 
 @cache
+@loads
 def _fits_registers(stored: Format, length: int) -> bool:
     """Return whether rows of so many elements are whole registers that can be converted."""
     from fastattn.kernels.host import HOST
@@ -61,22 +64,30 @@ def _is_read_in_place(problem: Problem, stored: Format) -> bool:
     )
 
 
-def run_packed(problem: Problem) -> None:
-    """Plan and run a checked call of packed sequences."""
-    _, _, _, out, lse, record, form, frame, *_, packed = problem
-    if out.size == 0 and lse.size == 0:
-        return
+@cache
+@loads
+def _tile_queries(accumulation: np.dtype[Any]) -> int:
+    """Return the queries of one tile."""
     from numba.np.numpy_support import from_dtype
 
     from fastattn.kernels.prefill import most_queries
 
+    queries: int = most_queries(from_dtype(accumulation))
+    return queries
+
+
+def run_packed(problem: Problem) -> None:
+    """Plan and run a checked call of packed sequences."""
+    query, key, value, out, lse, record, form, frame, *_, packed = problem
+    if out.size == 0 and lse.size == 0:
+        return
     assert packed is not None  # that is what the call is
     ready = _compiled(form, form, is_decode=False, in_place=False)
-    tile_queries = most_queries(from_dtype(form.accumulation))
+    tile_queries = _tile_queries(form.accumulation)
     planned, work = plan_packed(frame, packed, tile_queries, runtime.usable_threads())
     fields = record.view(PROBLEM)[0]
     fields["work"], fields["work_items"] = work.ctypes.data, len(work)
-    _call(ready, problem, record, planned)
+    _call(ready, (query, key, value, out, lse), record, planned)
 
 
 _PAGE_SIZE, _STATES, _FINISHED = field("page_size"), field("states"), field("finished")
@@ -85,7 +96,7 @@ _ready: dict[tuple[int, int, bool, bool], _Compiled] = {}
 
 def run(problem: Problem) -> None:
     """Plan a checked problem and run it."""
-    _, _, _, out, lse, record, form, frame, *_, stored, _ = problem
+    query, key, value, out, lse, record, form, frame, *_, stored, _ = problem
     if out.size == 0 and lse.size == 0:
         return
     if stored is None:
@@ -103,20 +114,19 @@ def run(problem: Problem) -> None:
         ready = _ready[name] = _compiled(form, stored, is_decode, in_place)
     if is_decode and frame.seqlen_kv > CHUNK:
         record, _room = _with_states(record, frame, form)
-    _call(ready, problem, record, planned)
+    _call(ready, (query, key, value, out, lse), record, planned)
 
 
-def _call(ready: _Compiled, problem: Problem, record: Array, planned: Plan) -> None:
-    """Call the compiled code as planned, with a record that may know more than the problem's."""
-    query, key, value, out, lse, *_ = problem
+def _call(ready: _Compiled, arrays: tuple[Array, ...], record: Array, planned: Plan) -> None:
+    """Call the compiled code as planned."""
+    kernel, on_this_thread, place = ready
     _, tiles, workers, is_long = planned
     if workers == 1 and not is_long:
-        taken = ready.run(query, key, value, out, lse, tiles, record, ready.kernel)
-        runtime.check_taken(taken)
+        runtime.check_taken(on_this_thread(*arrays, tiles, record, kernel))
     else:
         placed = np.empty_like(record)
-        ready.place(query, key, value, out, lse, tiles, record, placed)
-        runtime.launch(ready.kernel, placed, workers, is_long=is_long)
+        place(*arrays, tiles, record, placed)
+        runtime.launch(kernel, placed, workers, is_long=is_long)
 
 
 def _with_states(record: Array, frame: Frame, form: Format) -> tuple[Array, tuple[Array, ...]]:

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from fastattn.kernels.record import COUNTER, STOPPED
+from fastattn.loading import loads
 from fastattn.problem import Array, check_dtype
 from fastattn.progress import draw_progress
 
@@ -53,6 +55,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @cache
+@loads
 def _most_threads() -> int:
     from numba import config
 
@@ -172,27 +175,35 @@ def launch(kernel: int, record: Array, workers: int, *, is_long: bool) -> None:
 
 def _launch(kernel: int, record: Array, workers: int) -> None:
     """Run a kernel on several threads, or on one where the layer is busy and cannot."""
-    global _layer
-    from fastattn.kernels import launch as kernels
-
+    on_this_thread, on_several, layer = _launchers(workers > 1)
     if workers == 1:
-        kernels.call(kernel, record)
+        on_this_thread(kernel, record)
+    elif layer != "workqueue":
+        on_several(kernel, record, workers)
+    elif _is_ours() and _launching.acquire(blocking=False):
+        try:
+            on_several(kernel, record, workers)
+        finally:
+            _launching.release()
     else:
-        launcher = kernels.launcher()
-        if _layer is None:
-            import numba
-
-            _layer = numba.threading_layer()  # which loading the launcher has started
-        if _layer != "workqueue":
-            launcher(kernel, record, workers)
-        elif _is_ours() and _launching.acquire(blocking=False):
-            try:
-                launcher(kernel, record, workers)
-            finally:
-                _launching.release()
-        else:
-            kernels.call(kernel, record)
+        on_this_thread(kernel, record)
     check_taken(int(record[COUNTER]))
+
+
+@cache
+@loads
+def _launchers(several: bool) -> tuple[Any, Any, str | None]:
+    """Return what calls a kernel on this thread and, if asked for, on several, and their layer."""
+    global _layer
+    import numba
+
+    from fastattn.kernels import launch
+
+    if not several:
+        return launch.call, None, None
+    launcher = launch.launcher()  # compiling or loading it starts the threading layer
+    _layer = numba.threading_layer()
+    return launch.call, launcher, _layer
 
 
 def check_taken(items: int) -> None:

@@ -55,6 +55,27 @@ def test_fork_before_first_use(layer):
     in_a_process(fork_before_first_use, **with_layer(layer))
 
 
+def fork_beside_the_first_use():
+    """Fork while another thread imports Numba and loads or compiles code, which takes a second."""
+    others = [threading.Thread(target=attend, args=(0, each)) for each in (np.float32, np.float64)]
+    for each in others:
+        each.start()
+    for _ in range(2):
+        time.sleep(0.1)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(TIMEOUT // 4)
+            attend(0)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0, "the child has failed, died or hung"
+    for each in others:
+        each.join()
+
+
+def test_fork_beside_the_first_use():
+    in_a_process(fork_beside_the_first_use)
+
+
 def fork_among_threads():
     """Fork again and again while other threads call, and while one compiles, or loads, code."""
     expected = attend(0)
@@ -88,6 +109,7 @@ def test_fork_among_threads(layer):
 def fork_beside_a_long_call():
     """Fork from another thread while the main one waits for the thread beside it; call in both."""
     x = np.ones((1, 1, 12000, 64), np.float32)
+    fastattn.attention(*[x[..., :200, :]] * 3)
     statuses = []
 
     def fork():

@@ -10,7 +10,7 @@ import numpy as np
 from fastattn import runtime
 from fastattn.kernels.record import BLOCK_KV, CHUNK, HALF, PROBLEM, field
 from fastattn.loading import loads
-from fastattn.plan import Plan, chunks, plan, plan_packed
+from fastattn.plan import chunks, plan, plan_packed
 from fastattn.problem import Array, Format, Frame, Problem, known_format
 
 
@@ -87,7 +87,9 @@ def run_packed(problem: Problem) -> None:
     planned, work = plan_packed(frame, packed, tile_queries, runtime.usable_threads())
     fields = record.view(PROBLEM)[0]
     fields["work"], fields["work_items"] = work.ctypes.data, len(work)
-    _call(ready, (query, key, value, out, lse), record, planned)
+    placed = np.empty_like(record)
+    ready.place(query, key, value, out, lse, planned.tiles, record, placed)
+    runtime.launch(ready.kernel, placed, planned.workers, is_long=planned.is_long)
 
 
 _PAGE_SIZE, _STATES, _FINISHED = field("page_size"), field("states"), field("finished")
@@ -102,7 +104,7 @@ def run(problem: Problem) -> None:
     if stored is None:
         stored = form
     planned = plan(frame, runtime.usable_threads())
-    is_decode = planned.is_decode
+    is_decode, tiles, workers, is_long = planned
     in_place = (
         is_decode
         and stored.view.itemsize < form.accumulation.itemsize
@@ -114,19 +116,13 @@ def run(problem: Problem) -> None:
         ready = _ready[name] = _compiled(form, stored, is_decode, in_place)
     if is_decode and frame.seqlen_kv > CHUNK:
         record, _room = _with_states(record, frame, form)
-    _call(ready, (query, key, value, out, lse), record, planned)
-
-
-def _call(ready: _Compiled, arrays: tuple[Array, ...], record: Array, planned: Plan) -> None:
-    """Call the compiled code as planned."""
-    kernel, on_this_thread, place = ready
-    _, tiles, workers, is_long = planned
     if workers == 1 and not is_long:
-        runtime.check_taken(on_this_thread(*arrays, tiles, record, kernel))
+        if ready.run(query, key, value, out, lse, tiles, record, ready.kernel) == 0:
+            raise MemoryError(runtime.NO_MEMORY)
     else:
         placed = np.empty_like(record)
-        place(*arrays, tiles, record, placed)
-        runtime.launch(kernel, placed, workers, is_long=is_long)
+        ready.place(query, key, value, out, lse, tiles, record, placed)
+        runtime.launch(ready.kernel, placed, workers, is_long=is_long)
 
 
 def _with_states(record: Array, frame: Frame, form: Format) -> tuple[Array, tuple[Array, ...]]:

@@ -140,8 +140,8 @@ def among_others() -> Iterator[None]:
 def _threads_that_sleep_soon() -> Iterator[None]:
     """Within this, GOMP is loaded such that its idle threads sleep, unless the caller has chosen.
 
-    GOMP reads its environment once, when the first launch loads it. Where the process has it loaded
-    already, nothing changes.
+    GOMP reads its environment once, when the threading layer loads it. Where the process has it
+    loaded already, nothing changes.
     """
     if any(name in os.environ for name in _CALLERS_CHOICE):
         yield
@@ -157,6 +157,11 @@ def _threads_that_sleep_soon() -> Iterator[None]:
 # ---------------------------------------------------------------------------
 # Launches
 # ---------------------------------------------------------------------------
+
+
+# What it means that no work item was taken. Where only some threads have none, the others do their
+# work.
+NO_MEMORY = "there must be memory for the scratch of one thread: got none"
 
 
 def launch(kernel: int, record: Array, workers: int, *, is_long: bool) -> None:
@@ -187,7 +192,8 @@ def _launch(kernel: int, record: Array, workers: int) -> None:
             _launching.release()
     else:
         on_this_thread(kernel, record)
-    check_taken(int(record[COUNTER]))
+    if record[COUNTER] == 0:
+        raise MemoryError(NO_MEMORY)
 
 
 @cache
@@ -201,18 +207,10 @@ def _launchers(several: bool) -> tuple[Any, Any, str | None]:
 
     if not several:
         return launch.call, None, None
-    launcher = launch.launcher()  # compiling or loading it starts the threading layer
+    with _threads_that_sleep_soon():
+        launcher = launch.launcher()  # compiling or loading it starts the threading layer
     _layer = numba.threading_layer()
     return launch.call, launcher, _layer
-
-
-def check_taken(items: int) -> None:
-    """Raise MemoryError where no work item was taken: no thread had memory for its scratch.
-
-    Where only some have none, the others do their work.
-    """
-    if items == 0:
-        raise MemoryError("there must be memory for the scratch of one thread: got none")
 
 
 def _is_ours() -> bool:

@@ -27,7 +27,8 @@ from fastattn.problem import Array, check_dtype
 from fastattn.progress import draw_progress
 
 _threads: int | None = None
-_in_forked_child = False
+_is_alone = True  # whether this thread was the only one at the last fork
+_has_lost_threads = False  # in a forked child
 _among_others: ContextVar[bool] = ContextVar("_among_others", default=False)
 # Numba's workqueue aborts the process when two Python threads launch at once.
 _launching = threading.Lock()
@@ -43,15 +44,25 @@ _SPINS = {"GOMP_SPINCOUNT": "1000"}
 _CALLERS_CHOICE = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
+def _before_fork() -> None:
+    global _is_alone
+    _is_alone = threading.active_count() == 1
+
+
 def _after_fork() -> None:
-    global _in_forked_child, _launching, _asked
-    _in_forked_child = True
+    """Let a child use one thread unless the layer is known to survive a fork.
+
+    Under OpenMP it would hang or die at its first launch, and so it would under TBB where another
+    thread may have been using that.
+    """
+    global _has_lost_threads, _launching, _asked
+    _has_lost_threads |= not (_layer == "workqueue" or (_layer == "tbb" and _is_alone))
     _launching = threading.Lock()
     _asked = None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 @cache
@@ -116,10 +127,10 @@ def get_num_threads() -> int:
 def usable_threads() -> int:
     """Return how many threads a call may use here and now.
 
-    One in a forked child, unless the layer is known to survive a fork: under OpenMP the child
-    would hang or die at its first launch. One `among_others`, where nobody has set a number.
+    One in a forked child whose layer has not survived, and `among_others`, where nobody has set a
+    number.
     """
-    if _in_forked_child and _layer not in ("tbb", "workqueue"):
+    if _has_lost_threads:
         return 1
     if _threads is None and _among_others.get():
         return 1

@@ -90,15 +90,17 @@ def fork_among_threads():
     for each in others:
         each.start()
     time.sleep(0.1)
-    for _ in range(10):
-        assert_child_is_right(0, expected)
-    others[-1].join()
-    of_doubles = attend(0, np.float64)
-    for _ in range(3):
-        assert_child_is_right(0, of_doubles, np.float64)
-    is_done.set()
-    for each in others:
-        each.join()
+    try:
+        for _ in range(10):
+            assert_child_is_right(0, expected)
+        others[-1].join()
+        of_doubles = attend(0, np.float64)
+        for _ in range(3):
+            assert_child_is_right(0, of_doubles, np.float64)
+    finally:
+        is_done.set()
+        for each in others:
+            each.join()
 
 
 @pytest.mark.parametrize("layer", LAYERS)

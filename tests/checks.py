@@ -282,14 +282,18 @@ TIMEOUT = 120  # seconds in which a process ends that does not hang
 
 
 def in_a_process(
-    function: Callable[..., None], *arguments: Any, status: int = 0, **environment: str
+    function: Callable[..., None], *arguments: Any, status: int = 0, **environment: str | None
 ) -> None:
-    """Call a function of a test file in a fresh process, and show its error here."""
+    """Call a function of a test file in a fresh process, and show its error here.
+
+    ``environment`` comes on top of this process's; None takes a variable out.
+    """
+    whole = os.environ | environment
     module, name = Path(inspect.getfile(function)).stem, function.__name__
     run = subprocess.run(
         [sys.executable, "-c", f"import {module}; {module}.{name}{arguments}"],
         cwd=Path(__file__).parent,
-        env=os.environ | environment,
+        env={name: value for name, value in whole.items() if value is not None},
         capture_output=True,
         text=True,
         timeout=TIMEOUT,

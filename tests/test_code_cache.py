@@ -148,9 +148,15 @@ SPOILT = [
 
 
 def test_spoilt_files(tree, kept, tmp_path):
-    """Every file is torn, emptied, foreign or has another bit, and is replaced by a good one."""
+    """Every file is torn, emptied, foreign or has another bit, and is replaced by a good one.
+
+    But that of the kernel itself, which takes as long to compile as all the others.
+    """
     directory = shutil.copytree(kept, tmp_path / "spoilt")
-    good = files(directory)
+    good = {
+        path: status for path, status in files(directory).items() if "_decode_" not in path.name
+    }
+    assert len(good) > 10
     for n, path in enumerate(sorted(good)):
         SPOILT[n % len(SPOILT)](path)
     spoilt = files(directory)
@@ -159,7 +165,7 @@ def test_spoilt_files(tree, kept, tmp_path):
     assert after.keys() == spoilt.keys()
     # Of this version, that is: beside it may lie what another test has kept of another one.
     (folder,) = {path.parent for path in after if after[path] != spoilt[path]}
-    for path in folder.iterdir():
+    for path in good.keys() & set(folder.iterdir()):
         assert after[path] != spoilt[path]
         assert after[path][0] == pytest.approx(good[path][0], rel=0.01)
 

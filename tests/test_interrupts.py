@@ -19,7 +19,10 @@ from fastattn import runtime
 from fastattn.plan import LONG_WORK, plan
 from fastattn.problem import check_arrays
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent with os.kill")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(os.name != "posix", reason="signals are sent with os.kill"),
+]
 
 SOON = 0.5  # seconds from the signal to the end of the call, at most
 LENGTH = 32768

@@ -101,9 +101,9 @@ def call_everything(layer):
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(call, range(len(calls))))
     assert numba.threading_layer() == layer
-    assert numba.get_num_threads() == 1, "the caller's own number, for the caller's own loops"
     for (name, n), result in zip(calls, results, strict=True):
         assert_same_bits(result, ENTRIES[name](n))
+    assert numba.get_num_threads() == 1, "the caller's own number, for the caller's own loops"
     call_in_a_loop_of_numba()
 
 

@@ -28,6 +28,8 @@ from fastattn.storage import (
     check_integers,
     check_rows,
     check_storage_dtype,
+    remember,
+    without_arrays,
 )
 
 _LENGTHS, _POSITIONS, _LEFT, _SEQLEN_KV = (
@@ -331,7 +333,8 @@ class KVCache:
             known = self._checked(query, keys, keywords)
             if known.problem.result.dtype != query.dtype:
                 return None
-            self._known[name] = known
+            known = known._replace(problem=without_arrays(known.problem))
+            remember(self._known, name, known)
         problem, positions = known
         record, form = problem.record, problem.format
         record[_SEQLEN_KV] = self._longest

@@ -20,10 +20,9 @@ from fastattn.storage import (
     check_integers,
     check_rows,
     check_storage_dtype,
+    remember,
+    without_arrays,
 )
-
-# Calls of `attend` that are remembered, at most: numbers of sequences, mostly.
-_MOST_KNOWN = 64
 
 _PAGES, _PAGES_STEP, _PAGE_SIZE = (field(name) for name in ("pages", "pages_step", "page_size"))
 
@@ -296,7 +295,7 @@ class PagedKVCache:
 
         *Shared prefix.* Keys and values in shared pages are read from memory once for all sequences
         of the call that write a token or few, part by part, and each part joins what a sequence has
-        of its own as in `merge_states` [1]_ [2]_. It takes no keyword, and changes no bit.
+        of its own as in `merge_states` [1]_ [2]_. Nothing has to be asked for, and no bit changes.
 
         References
         ----------
@@ -334,7 +333,8 @@ class PagedKVCache:
         """
         if not (type(query) is np.ndarray and keywords.keys() <= REPEATABLE):
             return None
-        name = (query.shape, query.strides, query.dtype, *keywords.values(), *keywords)
+        kind = type(keywords.get("causal"))  # 1 is no bool, though it equals one
+        name = (query.shape, query.strides, query.dtype, kind, *keywords.values(), *keywords)
         try:
             known = self._known.get(name)
         except TypeError:  # something that has no hash
@@ -344,9 +344,10 @@ class PagedKVCache:
                 return None
             starts = np.arange(len(lengths) + 1)
             known = check_attend_packed(query, starts, self._storage, lengths, keywords)
-            if known.result.dtype != query.dtype or len(self._known) >= _MOST_KNOWN:
+            if known.result.dtype != query.dtype:
                 return known
-            self._known[name] = known
+            known = without_arrays(known)
+            remember(self._known, name, known)
         elif len(query) != len(lengths):
             return None
         assert known.packed is not None  # as it was checked

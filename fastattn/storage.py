@@ -164,6 +164,9 @@ def check_integers(
 # Those with which a checked call can be made again, as they hold no arrays.
 REPEATABLE = frozenset(("causal", "window", "softcap", "scale", "return_lse"))
 
+# How many checked calls a cache remembers.
+_MOST_REMEMBERED = 64
+
 # What `attention` has and `attend` has not, with the reason.
 _WITHOUT = {"kv_lengths": "the cache knows how many keys there are"}
 _WITHOUT_IF_PACKED = _WITHOUT | {
@@ -178,6 +181,19 @@ def _check_keywords(keywords: dict[str, Any], without: dict[str, str]) -> None:
         if name in without or name not in _KEYWORDS:
             reason = f": {without[name]}" if name in without else ""
             raise TypeError(f"attend() got an unexpected keyword argument {name!r}{reason}")
+
+
+def without_arrays(problem: Problem) -> Problem:
+    """Return a problem that keeps no query and no result alive."""
+    nothing = np.empty(0)
+    return problem._replace(query=nothing, out=nothing, result=nothing)
+
+
+def remember(known: dict[Any, Any], name: Any, call: Any) -> None:
+    """Keep what is known of a call under a name, among the latest ones."""
+    if len(known) >= _MOST_REMEMBERED:
+        known.clear()
+    known[name] = call
 
 
 def _stand_ins(query: Array, shape: tuple[int, ...], storage: Storage) -> list[Array]:

@@ -247,7 +247,10 @@ class KVCache:
         self._set_lengths(kept)
 
     def truncate(self, lengths: ArrayLike) -> None:
-        """Forget the tokens from `lengths` on, an int or (batch,) ints of at most `lengths`."""
+        """Forget the tokens from `lengths` on, an int or (batch,) ints of at most `lengths`.
+
+        What a cache with a window has dropped before does not come back.
+        """
         self._set_lengths(check_integers("lengths", lengths, self._lengths.shape, 0, self._lengths))
 
     def reorder(self, indices: ArrayLike) -> None:

@@ -33,13 +33,14 @@ def sequences(
     copies = 1 if share else SEQUENCES
     pages = copies * PREFIX // PAGE_SIZE + SEQUENCES * (OWN // PAGE_SIZE + 1)
     cache = fastattn.PagedKVCache(pages, PAGE_SIZE, num_kv_heads, head_dim, dtype=dtype)
-    prefix = rng.standard_normal((2, PREFIX, num_kv_heads, head_dim), dtype=np.float32)
-    own = rng.standard_normal((2, SEQUENCES * OWN, num_kv_heads, head_dim), dtype=np.float32)
+    key, value = rng.standard_normal((2, PREFIX, num_kv_heads, head_dim), dtype=np.float32)
     prompts = [cache.add() for _ in range(copies)]
     for prompt in prompts:
-        cache.append([prompt], *prefix, cu_seqlens=[0, PREFIX])
+        cache.append([prompt], key, value, [0, PREFIX])
     ids = [cache.add(share=prompts[0]) for _ in range(SEQUENCES)] if share else prompts
-    cache.append(ids, *own, cu_seqlens=np.arange(SEQUENCES + 1) * OWN)
+    rows = (2, SEQUENCES * OWN, num_kv_heads, head_dim)
+    key, value = rng.standard_normal(rows, dtype=np.float32)
+    cache.append(ids, key, value, np.arange(SEQUENCES + 1) * OWN)
     return cache, ids
 
 

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from fastattn.bench.cases import Case
     from fastattn.bench.saved import Run
 
-# What bad input raises: here, in the library, or in the system when a file is opened.
-_BAD_INPUT = (ImportError, OSError, TypeError, ValueError)
+# What bad input raises: here, in the library, or in the system when a file is opened. RuntimeError
+# is that of a process that was to measure something.
+_EXPECTED = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except _BAD_INPUT as error:
+    except _EXPECTED as error:
         print(f"fastattn {options.command}: {error}", file=sys.stderr)
         return 2
     return status
@@ -221,20 +222,20 @@ def _gate(options: argparse.Namespace) -> int:
     cases = [case.name for case in run.chosen(options.cases) if case.name in base.speeds]
     if not cases:
         raise ValueError(f"{options.folder}: the last run of this CPU has none of these cases")
-    answer = gate.ask(
-        base, cases, lambda names: _measured(names, base.machine["threads"]), options.fail_under
-    )
-    print(f"compared with {base.commit or 'unknown code'} of {base.date}\n")
-    print(compare.text(answer.first))
-    for found, heading in (
-        (answer.slower, f"slower, each of {gate.ATTEMPTS} times"),
-        (answer.unclear, "the machine was too busy to tell"),
-    ):
-        if found:
-            print(f"\n{heading}\n{compare.text(found)}")
-    if not answer.slower:
-        print(f"\nnothing is slower than {options.fail_under:g} of what it was")
-    return int(bool(answer.slower))
+
+    def measure(cases: Sequence[str]) -> Run:
+        return _measured(cases, base.machine["threads"])
+
+    print(f"compared with {base.commit or 'unknown code'} of {base.date}")
+    with gate.comparing(base, measure) as (again, note):
+        print(note, flush=True)
+        answer = gate.ask(base, cases, measure, again, options.fail_under)
+    print(f"\n{compare.text(answer.first)}\n")
+    if answer.slower:
+        print(f"slower, each of {gate.ATTEMPTS} times more\n{compare.text(answer.slower)}")
+        return 1
+    print(f"nothing has fallen under {options.fail_under:g} of its speed")
+    return 0
 
 
 def _measured(cases: Sequence[str], threads: int) -> Run:
@@ -245,7 +246,9 @@ def _measured(cases: Sequence[str], threads: int) -> Run:
         path = Path(folder, "run.json")
         options = ["--no-peers", "--threads", str(threads), "--json", str(path)]
         command = [sys.executable, "-m", "fastattn", "bench", *options, "--", *cases]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        if status:
+            raise RuntimeError(f"measuring has ended with status {status}")
         return Run.load(path)
 
 
@@ -494,16 +497,17 @@ A shape is batch, query heads, key/value heads, queries, keys, head_dim.
 """
 
 _COMPARE = """\
-Times of two hours do not compare, so each round is divided by a yardstick of that round: the
-multiply-add peak, or NumPy for small calls. Above 1 the new run is faster. "slower" and "faster"
-mark what the spread of the rounds, and of processes, does not explain.
+Times of two hours do not compare, so each round is divided by a yardstick of that round: what the
+cores can multiply or read at most, or NumPy for small calls. Above 1 the new run is faster.
+"slower" and "faster" mark what the spread of rounds, and of processes, does not explain.
 
   fastattn compare before.json after.json --fail-under 0.95
 """
 
 _GATE = """\
-Compares with the last run of the same CPU in FOLDER. What looks slower is measured again, in
-processes of its own, and only what is slower three times ends with status 1.
+Compares with the last run of the same CPU in FOLDER. What may be slower is measured again: in turns
+with the code of that run, where git has it, because what else runs on a machine changes with the
+hour. Only what is slower three times more, and beyond noise, ends with status 1.
 
   fastattn bench --keep history                 # first: something to compare with
   fastattn gate history

@@ -23,6 +23,9 @@ from .providers import FASTATTN, NAIVE, PEERS, installed_version
 
 FORMAT = 1
 
+# The folder of the package.
+SOURCE = Path(fastattn.__file__).parent
+
 # What a file must hold, and of what types.
 _FIELDS: dict[str, tuple[type, ...]] = {
     "date": (str,),
@@ -167,17 +170,17 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def git(*arguments: str) -> str:
+    """Return what git says about the folder of the package."""
+    command = ["git", "-C", str(SOURCE), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def _commit() -> str | None:
     """Return the commit of the code in use, None where it is not kept by git."""
-
-    def git(*arguments: str) -> str:
-        source = Path(fastattn.__file__)
-        command = ["git", "-C", str(source.parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
     try:
         # A virtual environment may lie in a repository, which is another one.
-        git("ls-files", "--error-unmatch", Path(fastattn.__file__).name)
+        git("ls-files", "--error-unmatch", "__init__.py")
         changed = git("status", "--porcelain", "--untracked-files=no", ":/*.py")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -27,8 +27,8 @@ _RESAMPLES = 2000
 _CONFIDENCE = 95  # percent
 
 # By how much processes of the same code differ, whatever their rounds say: where their memory lies
-# is luck. A standard deviation, in logarithms, of some sixty pairs of processes on a shared machine
-# (in turns: 0.028 between the two of a pair).
+# is luck. A standard deviation, in logarithms, from a hundred pairs of processes that took turns
+# (0.031 between the two of a pair, on a shared machine).
 PROCESS_SPREAD = 0.02
 
 
@@ -70,22 +70,19 @@ def changes(old: Run, new: Run) -> list[Change]:
 
 def change(old: Row, new: Row) -> Change:
     """Compare the results of a case."""
-    return judge(old["case"], quiet_rounds(old), -quiet_rounds(new))
-
-
-def judge(case: str, *parts: np.ndarray) -> Change:
-    """Return the change whose logarithm is the sum of the medians of some rounds."""
-    if min(map(len, parts)) < _FEWEST_ROUNDS:
-        return Change(case, math.nan, 0.0, math.inf)
+    levels, could_be = [], []
+    # The same numbers for every case and call: what is compared twice gives the same twice.
     rng = np.random.default_rng(0)
-    # Two processes are compared, whichever way.
-    could_be = rng.normal(0.0, math.sqrt(2) * PROCESS_SPREAD, _RESAMPLES)
-    for rounds in parts:
-        could_be += np.median(rng.choice(rounds, (_RESAMPLES, len(rounds))), axis=1)
+    for row in (old, new):
+        rounds = quiet_rounds(row)
+        if len(rounds) < _FEWEST_ROUNDS:
+            return Change(old["case"], math.nan, 0.0, math.inf)
+        resampled = np.median(rng.choice(rounds, (_RESAMPLES, len(rounds))), axis=1)
+        levels.append(float(np.median(rounds)))
+        could_be.append(resampled + rng.normal(0.0, PROCESS_SPREAD, _RESAMPLES))
     tail = (100 - _CONFIDENCE) / 2
-    low, high = np.percentile(could_be, [tail, 100 - tail])
-    level = sum(float(np.median(rounds)) for rounds in parts)
-    return Change(case, *map(float, np.exp([level, low, high])))
+    low, high = np.percentile(could_be[0] - could_be[1], [tail, 100 - tail])
+    return Change(old["case"], *map(math.exp, (levels[0] - levels[1], low, high)))
 
 
 def quiet_rounds(row: Row) -> np.ndarray:

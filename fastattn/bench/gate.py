@@ -1,35 +1,38 @@
 """Has it become slower? Asked in a way that a noisy machine cannot answer wrongly by accident.
 
-All is measured once and compared with an earlier run. What may have become slower, by that, is
-measured again: where git has the code of that run, in turns with it. Only what is slower each
-time, and beyond noise, is reported.
+The code of an earlier run and that in use are measured in turns, where git has the former; or else
+the figures of that run are compared with new ones. What looks slower is measured again, in fresh
+processes. Only what is slower by all attempts together, beyond what they differ by, is reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from .compare import Change, changes, judge
-from .saved import Run, history, same_cpu, this_machine
+from .compare import Change, changes
+from .saved import SOURCE, Run, history, installed_versions, same_cpu, this_machine
+from .table import aligned
 from .turns import checked_out, in_turns
 
-# Repetitions, each in fresh processes.
-ATTEMPTS = 3
+# In how many pairs of processes a case is measured until it is called slower.
+ATTEMPTS = 5
 
-# Each returns what is found about the cases that are named, measured in fresh processes.
-Measure = Callable[[Sequence[str]], Run]
-Compare = Callable[[Sequence[str]], list[Change]]
+# Student's t for 95% of what the mean of so many attempts may be.
+_T = 2.776
+
+# Measures the cases that are named, in fresh processes: log(old time / new time) of each.
+Compare = Callable[[Sequence[str]], Mapping[str, float]]
 
 
 class Answer(NamedTuple):
-    """What the first measurement has found, and what each of the repetitions has confirmed."""
+    """What each attempt has found for a case, as log(old time / new time), and what is slower."""
 
-    first: list[Change]
+    levels: dict[str, list[float]]
     slower: list[Change]
 
 
@@ -48,25 +51,49 @@ def last_run(folder: Path) -> Run:
     return runs[-1]
 
 
-def ask(
-    base: Run, cases: Sequence[str], measure: Measure, compare: Compare, fail_under: float
-) -> Answer:
-    """Measure cases and compare them with a run; compare again what may have become slower."""
-    first = changes(base, measure(cases))
-    suspects = [each for each in first if each.low < fail_under]
+def ask(cases: Sequence[str], compare: Compare, fail_under: float) -> Answer:
+    """Compare cases, and those that look slower again."""
+    levels: dict[str, list[float]] = {case: [] for case in cases}
+    suspects = list(cases)
     for _ in range(ATTEMPTS):
-        if suspects:
-            again = compare([each.case for each in suspects])
-            suspects = [each for each in again if each.is_slower_than(fail_under)]
-    return Answer(first, suspects)
+        again = compare(suspects) if suspects else {}
+        for case, level in again.items():
+            levels[case].append(level)
+        suspects = [case for case in again if _looks_slower(levels[case], fail_under)]
+    confirmed = [_together(case, levels[case]) for case in suspects]
+    return Answer(levels, [each for each in confirmed if each.is_slower_than(fail_under)])
+
+
+def _looks_slower(levels: Sequence[float], fail_under: float) -> bool:
+    # One process may be lucky by a tenth, where calls take less than 0.1 ms on several threads.
+    bound = 1.0 if len(levels) == 1 else fail_under
+    return math.exp(statistics.mean(levels)) < bound
+
+
+def _together(case: str, levels: Sequence[float]) -> Change:
+    """Return the change that all attempts have found, and its bounds."""
+    mean, doubt = statistics.mean(levels), _T * statistics.stdev(levels) / math.sqrt(ATTEMPTS)
+    return Change(case, *map(math.exp, (mean, mean - doubt, mean + doubt)))
+
+
+def text(levels: Mapping[str, Sequence[float]]) -> str:
+    """Return a table of what attempts have found."""
+    lines = [["case", "speed", "attempts"]]
+    for case, found in levels.items():
+        ratio = f"{math.exp(statistics.mean(found)):.3f}x" if found else "new"
+        lines.append([case, ratio, str(len(found))])
+    return "\n".join(aligned(lines, "<>>"))
 
 
 @contextmanager
-def comparing(base: Run, measure: Measure) -> Iterator[tuple[Compare, str]]:
-    """Provide the best way of comparing with a run, and what there is to say about it."""
+def comparing(base: Run, measure: Callable[[Sequence[str]], Run]) -> Iterator[tuple[Compare, str]]:
+    """Provide the best way of comparing with a run, and say which.
 
-    def with_figures(cases: Sequence[str]) -> list[Change]:
-        return changes(base, measure(cases))
+    `measure` returns a new run of the cases that are named, measured in a fresh process.
+    """
+
+    def with_figures(cases: Sequence[str]) -> dict[str, float]:
+        return {each.case: math.log(each.ratio) for each in changes(base, measure(cases))}
 
     with ExitStack() as stack:
         try:
@@ -74,13 +101,17 @@ def comparing(base: Run, measure: Measure) -> Iterator[tuple[Compare, str]]:
                 raise ValueError("its code was not in a repository")
             code = stack.enter_context(checked_out(base.commit))
         except ValueError as reason:
-            yield with_figures, f"only its figures are compared with: {reason}"
+            yield with_figures, f"by its figures, because {reason}"
             return
 
-        def with_code(cases: Sequence[str]) -> list[Change]:
-            return [
-                judge(case, np.log(old) - np.log(new))
-                for case, old, new in in_turns(code, cases, base.machine["threads"])
-            ]
+        def with_code(cases: Sequence[str]) -> dict[str, float]:
+            return dict(in_turns(code, SOURCE.parent, cases, base.machine["threads"]))
 
-        yield with_code, "what may be slower is measured in turns with its code"
+        note = "in turns with its code"
+        now = installed_versions()
+        others = [
+            each for each in ("Python", "NumPy", "Numba") if now[each] != base.versions.get(each)
+        ]
+        if others:
+            note += f", both under today's {' and '.join(others)}"
+        yield with_code, note

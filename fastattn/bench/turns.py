@@ -1,4 +1,4 @@
-"""The code in use and an earlier commit of it, in turns: two processes, one of which works at a time.
+"""Two versions of the code in turns: two processes, one of which works at a time.
 
 On a shared machine all may be a fifth slower for an hour, and differently so for code that
 multiplies, reads or waits. Two versions that take turns of 20 ms meet the same, and the ratio of
@@ -10,6 +10,7 @@ or ``sample``, and answers each with a line: whether it knows the case, or a tim
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import subprocess
@@ -22,6 +23,7 @@ from typing import IO
 
 from .machine import settings
 from .saved import SOURCE, git
+from .timing import ratio
 
 ROUNDS = 15
 
@@ -29,14 +31,15 @@ _SAMPLE = "sample"
 
 
 def in_turns(
-    other: Path, cases: Sequence[str], threads: int
-) -> Iterator[tuple[str, list[float], list[float]]]:
-    """Yield (case, seconds of the code in a folder, seconds of this code) for each known case."""
+    old: Path, new: Path, cases: Sequence[str], threads: int
+) -> Iterator[tuple[str, float]]:
+    """Yield each case that both know, with log(old time / new time), the median over the rounds.
+
+    Code is given as the folder that holds the package.
+    """
     order = random.Random(0)
     with ExitStack() as stack:
-        processes = [
-            stack.enter_context(_process(folder, threads)) for folder in (other, SOURCE.parent)
-        ]
+        processes = [stack.enter_context(_process(folder, threads)) for folder in (old, new)]
         for case in cases:
             if not all(_ask(process, case) == "True" for process in processes):
                 continue
@@ -44,7 +47,7 @@ def in_turns(
             for _ in range(ROUNDS):
                 for turn in order.sample((0, 1), 2):
                     seconds[turn].append(float(_ask(processes[turn], _SAMPLE)))
-            yield case, *seconds
+            yield case, math.log(ratio(*seconds))
 
 
 @contextmanager

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # is that of a process that was to measure something.
 _EXPECTED = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 
+_VARIANTS = ("mask", "key_padding", "bias", "softcap")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -395,7 +396,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--shape", metavar="B,Hq,Hkv,Lq,Lk,D", help="a case of your own")
     bench.add_argument("--dtype", choices=_DTYPES, help="of that case (default: float32)")
     bench.add_argument("--causal", action="store_true", help="hide keys behind their queries")
-    bench.add_argument("--variant", choices=["mask", "key_padding", "bias"], help="what is added")
+    bench.add_argument("--variant", choices=_VARIANTS, help="what is added, without --causal")
     bench.add_argument("--no-peers", action="store_true", help="only the textbook in NumPy")
     bench.add_argument(
         "--threads", type=_count, metavar="N", help="for everybody (default: every core)"

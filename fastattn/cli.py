@@ -173,7 +173,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     if options.dtype or options.causal or options.variant:
         raise ValueError("--dtype, --causal and --variant describe a --shape: give one")
     cases = run.chosen(options.cases)
-    return run.quick(cases) if options.quick else cases
+    return run.quick(cases) if options.quick and not options.cases else cases
 
 
 def _in_limited_process(threads: int, arguments: Sequence[str]) -> int | None:
@@ -392,7 +392,11 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "measure attention here, against others", _BENCH)
     bench.add_argument("cases", nargs="*", metavar="CASE", help="a group, or a part of a name")
     bench.add_argument("--list", action="store_true", help="only name the cases")
-    bench.add_argument("--quick", action="store_true", help="fewer cases, in under two minutes")
+    bench.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer rounds, and fewer cases unless some are named: under two minutes",
+    )
     bench.add_argument("--shape", metavar="B,Hq,Hkv,Lq,Lk,D", help="a case of your own")
     bench.add_argument("--dtype", choices=_DTYPES, help="of that case (default: float32)")
     bench.add_argument("--causal", action="store_true", help="hide keys behind their queries")

@@ -86,6 +86,8 @@ def _doctor(_: argparse.Namespace) -> int:
 def _warmup(options: argparse.Namespace) -> int:
     from fastattn.kernels import code_cache
 
+    if "bfloat16" in options.dtypes:
+        import ml_dtypes  # noqa: F401  (teaches NumPy the name)
     begin = time.perf_counter()
     fastattn.warmup(options.dtypes or None)
     where = code_cache.directory()
@@ -135,6 +137,8 @@ def _bench(options: argparse.Namespace) -> int:
     for folder in (options.json and options.json.parent, options.keep):
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
+    if options.json is not None and options.json.is_dir():
+        raise IsADirectoryError(f"{options.json}: --json needs a file, --keep a folder")
     status = _in_limited_process(options.threads or usable_cores(), options.arguments)
     if status is not None:
         return status
@@ -258,23 +262,28 @@ def _measured(cases: Sequence[str], threads: int) -> Run:
 
 
 class _Picture(NamedTuple):
-    """Weights of one head or several, the tokens along them, and the weight that is darkest."""
+    """Weights of one head or several, and the tokens along them."""
 
     weights: NDArray[Any]
     queries: list[str] | None
     keys: list[str] | None
-    vmax: float | None = None
 
 
 def _heatmap(options: argparse.Namespace) -> int:
-    picture = _of_text(options) if options.text is not None else _of_file(options)
-    weights, queries, keys, vmax = picture
-    if options.output is not None and options.head == "all":
-        plot.heads(weights, queries, keys, vmax=vmax).savefig(options.output)
-        return 0
-    weights = _one_head(weights, options.head)
+    is_text = options.text is not None
+    weights, queries, keys = _of_text(options) if is_text else _of_file(options)
+    if options.head != "all":
+        weights = _one_head(weights, options.head)
+    elif options.output is None:
+        raise ValueError("--head all is for pictures: give an --output")
+    vmax = None
+    if is_text:
+        from fastattn.minilm import darkest_between_words
+
+        vmax = darkest_between_words(weights)
     if options.output is not None:
-        plot.heat_map(weights, queries, keys, vmax=vmax).savefig(options.output)
+        draw = plot.heads if options.head == "all" else plot.heat_map
+        draw(weights, queries, keys, vmax=vmax).savefig(options.output)
         return 0
     columns = shutil.get_terminal_size().columns
     shades = " ░▒▓█" if _shows_blocks() else " .:*#"
@@ -284,14 +293,14 @@ def _heatmap(options: argparse.Namespace) -> int:
 
 def _of_text(options: argparse.Namespace) -> _Picture:
     """Return what an encoder attends to in a text."""
-    from fastattn.minilm import SentenceEncoder, darkest_between_words
+    from fastattn.minilm import SentenceEncoder
 
     if options.model is None or options.file is not None or options.tokens is not None:
         raise ValueError("--text needs a --model FOLDER, and neither a FILE nor --tokens")
     pieces, weights = SentenceEncoder.from_folder(options.model).weights(
         options.text, options.layer
     )
-    return _Picture(weights, pieces, pieces, darkest_between_words(weights))
+    return _Picture(weights, pieces, pieces)
 
 
 def _of_file(options: argparse.Namespace) -> _Picture:
@@ -318,18 +327,16 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         loaded = np.load(path, allow_pickle=False)
         return {"weights": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except (EOFError, ValueError, BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: torn, or neither an .npy nor an .npz file: {error}") from error
+        raise ValueError(f"{path}: torn, or neither an .npy nor an .npz file") from error
 
 
-def _one_head(weights: NDArray[Any], head: int | str | None) -> NDArray[Any]:
+def _one_head(weights: NDArray[Any], head: int | None) -> NDArray[Any]:
     """Return the weights of one head, or the mean of all."""
-    if head == "all":
-        raise ValueError("--head all is for pictures: give an --output")
     if head is None:
         return weights.mean(axis=0) if weights.ndim == 3 else weights
-    if weights.ndim != 3 or not 0 <= int(head) < len(weights):
+    if weights.ndim != 3 or head >= len(weights):
         raise ValueError(f"--head must be a head of the weights, whose shape is {weights.shape}")
-    return np.asarray(weights[int(head)])
+    return np.asarray(weights[head])
 
 
 def _shows_blocks() -> bool:
@@ -446,22 +453,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    number = int(text)
     cores = usable_cores()
-    if not 1 <= number <= cores:
-        raise argparse.ArgumentTypeError(f"must lie between 1 and {cores}: got {number}")
-    return number
+    if not text.isdecimal() or not 1 <= int(text) <= cores:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {cores}: got {text!r}")
+    return int(text)
 
 
 def _ratio(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0: got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0: got {text!r}")
     return number
 
 
 def _head(text: str) -> int | str:
-    return "all" if text == "all" else int(text)
+    if text == "all":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be all, or a whole number from 0: got {text!r}")
+    return int(text)
 
 
 _DOCTOR = """\

@@ -6,7 +6,8 @@ told otherwise, and prints the table in Markdown.
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from fastattn.bench.providers import FASTATTN, NAIVE
-from fastattn.bench.saved import Row, Run
+from fastattn.bench.saved import Row, Run, history
 from fastattn.bench.table import markdown
 
-from . import LATEST
+from . import HISTORY, LATEST
 
-FIGURE = Path(__file__).parents[1] / "docs" / "speed.png"
+_ROOT = Path(__file__).parents[1]
+
+FIGURE = _ROOT / "docs" / "speed.png"
 
 # fastattn stands out by size as well, for those who see no colours; so do the others by shape.
 MARKS = {
@@ -158,10 +161,49 @@ def _beside(axes: Axes, text: str, y: float, theme: Theme) -> None:
     axes.annotate(text, (1.01, y), color=theme.quiet, fontsize=9, **place)
 
 
-def main() -> None:
+def asked_for(
+    arguments: Sequence[str] | None, description: str, target: tuple[str, Path]
+) -> tuple[Run, list[Run], Path]:
+    """Return the run that a command is to show, those that are kept, and where to write.
+
+    `target` is what the command writes, and where by default. What is no run ends the program.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "run",
+        nargs="?",
+        type=Path,
+        metavar="RUN.json",
+        help=f"default: {_short(LATEST)}, or else the newest in {_short(HISTORY)}",
+    )
+    what, default = target
+    parser.add_argument(
+        "target",
+        nargs="?",
+        type=Path,
+        default=default,
+        metavar=what,
+        help=f"default: {_short(default)}",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        kept = history(HISTORY)
+        source = options.run or (LATEST if LATEST.exists() else None)
+        run = kept[-1] if source is None else Run.load(source)
+        if not run.speeds:
+            raise ValueError(f"{source}: must hold the speed of a case at least: got none")
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    return run, kept, options.target
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(_ROOT)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the figure, print the table."""
-    source, target = (*map(Path, sys.argv[1:]), *(LATEST, FIGURE)[len(sys.argv) - 1 :])
-    run = Run.load(source)
+    run, _, target = asked_for(arguments, "Draw the README's figure.", ("FIGURE.png", FIGURE))
     draw(run).savefig(target, dpi=150)
     print(markdown(run.results))
 

@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import base64
 import html
-import sys
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from fastattn.bench import table
 from fastattn.bench.cases import CASES
 from fastattn.bench.providers import FASTATTN, NAIVE
 from fastattn.bench.run import quick
-from fastattn.bench.saved import Row, Run, described, history
+from fastattn.bench.saved import Row, Run, described
 
-from . import HISTORY, LATEST
-from .figure import DARK, LIGHT, MARKS, Theme
+from . import LATEST
+from .figure import DARK, LIGHT, MARKS, Theme, asked_for
 from .figure import draw as draw_peers
 
 FOLDER = LATEST.parent / "report"
@@ -64,7 +63,7 @@ class Picture(NamedTuple):
 def pictures(run: Run, past: Sequence[Run]) -> list[Picture]:
     """Return the pictures for which a run, and those before it, have the figures."""
     found = []
-    if by_length(run):
+    if any(len(lengths) > 1 for lengths in by_length(run).values()):
         found.append(
             Picture(
                 "speedup",
@@ -75,7 +74,7 @@ def pictures(run: Run, past: Sequence[Run]) -> list[Picture]:
                 lambda theme: draw_speedup(run, theme),
             )
         )
-    if rates(run):
+    if rates(run) and limits(run):
         found.append(
             Picture(
                 "roofline",
@@ -95,15 +94,16 @@ def pictures(run: Run, past: Sequence[Run]) -> list[Picture]:
             lambda theme: draw_peers(run, theme),
         )
     )
-    found.append(
-        Picture(
-            "history",
-            "From commit to commit",
-            "The share of the limit that the first case of each group reaches: shares compare "
-            "between hours, times do not.",
-            lambda theme: draw_history([*past, run], theme),
+    if past:
+        found.append(
+            Picture(
+                "history",
+                "From commit to commit",
+                "The share of the limit that the first case of each group reaches: shares compare "
+                "between hours, times do not.",
+                lambda theme: draw_history([*past, run], theme),
+            )
         )
-    )
     if growth(run) is not None:
         found.append(
             Picture(
@@ -192,16 +192,27 @@ def draw_roofline(run: Run, theme: Theme) -> Figure:
                 label=dtype,
                 zorder=3,
             )
-    x = np.geomspace(
-        min(each[1] for each in points) / 2, max(each[1] for each in points) * 2, num=200
-    )
-    bandwidth = _limit(run, "read_bandwidth")
+    most = limits(run)
+    bandwidth = most["read_bandwidth"]
+    ridge = most["fma_peak float32"] / bandwidth
+    # Both limits are to be seen, whichever cases there are.
+    shown = [ridge, *(intensity for _, intensity, _ in points)]
+    low, high = min(shown) / 4, max(shown) * 2
     for dtype, style in (("float32", "-"), ("float64", "--")):
-        peak = _limit(run, f"fma_peak {dtype}")
-        axes.plot(x, np.minimum(peak, bandwidth * x), style, color=theme.ink, lw=1.4, zorder=2)
+        peak = most[f"fma_peak {dtype}"]
+        axes.plot(
+            [low, peak / bandwidth, high],
+            [bandwidth * low, peak, peak],
+            style,
+            color=theme.ink,
+            lw=1.4,
+            zorder=2,
+        )
         axes.annotate(
             f"{peak:.0f} GFLOP/s, {dtype}",
-            (x[-1], peak),
+            (high, peak),
+            xytext=(0, 3),
+            textcoords="offset points",
             ha="right",
             va="bottom",
             color=theme.ink,
@@ -209,8 +220,7 @@ def draw_roofline(run: Run, theme: Theme) -> Figure:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    ridge = _limit(run, "fma_peak float32") / bandwidth
-    at = np.sqrt(x[0] * ridge)
+    at = math.sqrt(low * ridge)
     axes.annotate(
         f"{bandwidth:.0f} GB/s read",
         (at, bandwidth * at),
@@ -220,6 +230,7 @@ def draw_roofline(run: Run, theme: Theme) -> Figure:
         color=theme.ink,
         fontsize=9,
     )
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("arithmetic intensity: flops for each byte of inputs and output")
@@ -228,14 +239,10 @@ def draw_roofline(run: Run, theme: Theme) -> Figure:
     return figure
 
 
-def _limit(run: Run, name: str) -> float:
-    """Return a measured limit, in GFLOP/s or GB/s."""
-    return next(
-        float(rate)
-        for row in run.results
-        for each, rate, *_ in row.get("figures", ())
-        if each == name
-    )
+def limits(run: Run) -> dict[str, float]:
+    """Return the measured limits by name, in GFLOP/s or GB/s; none where they were left out."""
+    figures = [each for row in run.results for each in row.get("figures", ()) if not row["target"]]
+    return {name: float(rate) for name, rate, *_ in figures}
 
 
 def draw_history(runs: Sequence[Run], theme: Theme) -> Figure:
@@ -266,7 +273,8 @@ def draw_history(runs: Sequence[Run], theme: Theme) -> Figure:
                 va="center",
                 fontsize=8.5,
                 color=theme.ink,
-                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8},
+                # From the left end of the name: lines to its middle would cross other names.
+                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "relpos": (0, 0.5)},
             )
         axes.set_ylim(0, 1)
         # Half of the width is for the names.
@@ -308,11 +316,10 @@ def draw_memory(run: Run, theme: Theme) -> Figure:
     assert row is not None
     for name, sizes in row["growth"].items():
         marker, colour, _ = MARKS[name]
-        mebibytes = [size / 2**20 for size in sizes]
-        axes.plot(row["lengths"], mebibytes, marker=marker, color=colour, label=name, lw=2)
+        axes.plot(row["lengths"], sizes, marker=marker, color=colour, label=name, lw=2)
         axes.annotate(
             _size(sizes[-1]),
-            (row["lengths"][-1], mebibytes[-1]),
+            (row["lengths"][-1], sizes[-1]),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
@@ -320,10 +327,10 @@ def draw_memory(run: Run, theme: Theme) -> Figure:
             annotation_clip=False,
         )
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=16)  # 64 KiB, 1 MiB, 16 MiB, ...
     axes.set_xticks(row["lengths"])
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter(lambda y, _: _size(y * 2**20))
+    axes.yaxis.set_major_formatter(lambda y, _: _size(y))
     axes.set_xlabel("queries and keys")
     _legend(axes, theme)
     return figure
@@ -474,12 +481,11 @@ def write(run: Run, past: Sequence[Run], folder: Path) -> Path:
     return path
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page about a run."""
-    source, folder = (*map(Path, sys.argv[1:]), *(LATEST, FOLDER)[len(sys.argv) - 1 :])
-    run = Run.load(source)
-    past = [each for each in history(HISTORY) if (each.date, each.commit) < (run.date, run.commit)]
-    print(write(run, past, folder))
+    about = "Write a page about a run: index.html, which needs no other file, and its pictures."
+    run, kept, folder = asked_for(arguments, about, ("FOLDER", FOLDER))
+    print(write(run, [each for each in kept if each.date < run.date], folder))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,12 @@ from fastattn.bench.saved import Run, described, history
 _HISTORY = Path(__file__).parents[2] / "bench" / "history"
 
 
+def complete() -> Path:
+    """Return the file of the newest run of everything, which memory by length is the end of."""
+    runs = [run for run in history(_HISTORY) if any("growth" in row for row in run.results)]
+    return _HISTORY / runs[-1].file_name
+
+
 def tables() -> str:
     """Return a table for each machine."""
     newest = {described(run.machine): run for run in history(_HISTORY)}

@@ -93,7 +93,13 @@ def comparing(base: Run, measure: Callable[[Sequence[str]], Run]) -> Iterator[tu
     """
 
     def with_figures(cases: Sequence[str]) -> dict[str, float]:
-        return {each.case: math.log(each.ratio) for each in changes(base, measure(cases))}
+        found = {each.case: math.log(each.ratio) for each in changes(base, measure(cases))}
+        busy = [case for case, level in found.items() if math.isnan(level)]
+        if busy:
+            raise RuntimeError(
+                f"too busy to tell, something else uses the cores: {', '.join(busy)}"
+            )
+        return found
 
     with ExitStack() as stack:
         try:

@@ -35,6 +35,23 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "results": (list,),
 }
 
+# The same of a result that compares speeds.
+_ROW_FIELDS: dict[str, tuple[type, ...]] = {
+    "target": (str,),
+    "case": (str,),
+    "dtype": (str,),
+    "is_small": (bool,),
+    "flops": (int, float),
+    "cores": (int, float),
+    "seconds": (dict,),
+    "spread": (dict,),
+    "samples": (dict,),
+    "yardstick": (str,),
+    "speed_over": (dict,),
+    "peak_share": (dict,),
+    "best_peer": (str,),
+}
+
 # What a machine must have in common with another one to compare with it, besides the threads.
 _CPU = ("cpu", "target", "instruction_set")
 
@@ -103,9 +120,7 @@ class Run:
             raise ValueError(
                 f"{path}: must be of format {FORMAT}: measure it anew with this version"
             )
-        for name, kinds in _FIELDS.items():
-            if not isinstance(saved.get(name), kinds):
-                raise ValueError(f"{path}: {name} is missing or of another type than it should be")
+        _check_fields(str(path), saved, _FIELDS)
         for name in (*_CPU, "threads"):
             if name not in saved["machine"]:
                 raise ValueError(f"{path}: machine must have an entry {name}")
@@ -187,14 +202,18 @@ def _commit() -> str | None:
         return None
 
 
+def _check_fields(name: str, saved: Row, fields: dict[str, tuple[type, ...]]) -> None:
+    for field, kinds in fields.items():
+        if not isinstance(saved.get(field), kinds):
+            raise ValueError(f"{name}: {field} is missing or of another type than it should be")
+
+
 def _check_row(name: str, row: Any) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"{name} must be an object: got {row!r}")
     if not timed([row]):
         return
-    for field, kind in (("case", str), ("yardstick", str), ("samples", dict)):
-        if not isinstance(row.get(field), kind):
-            raise ValueError(f"{name}: {field} is missing or of another type than it should be")
+    _check_fields(name, row, _ROW_FIELDS)
     for who in ("fastattn", row["yardstick"]):
         if who not in row["samples"]:
             raise ValueError(f"{name}: samples must hold those of {who}")

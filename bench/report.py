@@ -392,8 +392,8 @@ _PAGE = Template("""\
 @media (prefers-color-scheme: dark) {
   :root { --paper: $dark_paper; --ink: $dark_ink; --quiet: $dark_quiet; --rule: $dark_rule }
 }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.7rem; margin: 0 }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 0.2rem }
 p { max-width: 44rem; margin: 0.3rem 0 0.8rem }
@@ -415,7 +415,7 @@ th { color: var(--quiet); font-weight: 600 }
 $pictures
 <h2>Every case</h2>
 <p>The median time of a call, the share of the multiply-add peak, and how many times as fast as
-the others fastattn was in the same rounds.</p>
+the others fastattn was in the same rounds.$disturbed</p>
 <div class="wide"><table>$rows</table></div>
 </body>
 </html>
@@ -438,8 +438,16 @@ def page(run: Run, drawn: Iterable[tuple[Picture, dict[str, bytes]]]) -> str:
         width=f"{WIDTH * 100:g}px",
         about=html.escape(about),
         pictures="\n".join(_section(picture, images) for picture, images in drawn),
+        disturbed=html.escape(_disturbed(run)),
         rows="\n".join(_table_rows(table.cells(run.results))),
     )
+
+
+def _disturbed(run: Run) -> str:
+    cases = table.disturbed(run.speeds.values())
+    if not cases:
+        return ""
+    return f" Something else was using the cores, so that these say little: {', '.join(cases)}."
 
 
 def _section(picture: Picture, images: dict[str, bytes]) -> str:

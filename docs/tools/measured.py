@@ -28,14 +28,13 @@ def tables() -> str:
 
 def _of(run: Run, machine: str) -> str:
     """Return when and with what a run was measured, and the cases that had the cores alone."""
-    is_quiet = {case: row["cores"] >= table.QUIET_CORES for case, row in run.speeds.items()}
-    disturbed = [case for case, quiet in is_quiet.items() if not quiet]
+    disturbed = table.disturbed(run.speeds.values())
     lines = [
         f"## {machine}",
         "",
         f"{run.date[:10]}: " + ", ".join(" ".join(each) for each in run.versions.items()),
         "",
-        table.markdown(row for case, row in run.speeds.items() if is_quiet[case]),
+        table.markdown(row for case, row in run.speeds.items() if case not in disturbed),
         "",
     ]
     if disturbed:

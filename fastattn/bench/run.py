@@ -40,15 +40,12 @@ def chosen(words: Sequence[str]) -> list[Case]:
 
 
 def quick(cases: Iterable[Case]) -> list[Case]:
-    """Return the first case of each group, and of each dtype, for which the textbook is quick."""
-    found: list[Case] = []
-    seen: set[str] = set()
+    """Return the first case of each group for which the textbook is quick."""
+    first: dict[str, Case] = {}
     for case in cases:
-        traits = {case.target, case.dtype}
-        if not traits <= seen and _scores(case) <= _QUICK_SCORES:
-            found.append(case)
-            seen |= traits
-    return found
+        if _scores(case) <= _QUICK_SCORES:
+            first.setdefault(case.target, case)
+    return list(first.values())
 
 
 def _scores(case: Case) -> int:

@@ -73,10 +73,15 @@ def _speed_table(rows: Iterable[Row]) -> list[str]:
 
 
 def _busy(rows: Iterable[Row]) -> list[str]:
-    busy = [row["case"] for row in rows if row["cores"] < QUIET_CORES]
+    busy = disturbed(rows)
     if not busy:
         return []
     return ["Measured while something else was using the cores, so not to be quoted", *busy]
+
+
+def disturbed(rows: Iterable[Row]) -> list[str]:
+    """Return the cases that were measured while something else was using the cores."""
+    return [row["case"] for row in rows if row["cores"] < QUIET_CORES]
 
 
 def _goals_missed(rows: Iterable[Row]) -> list[str]:

@@ -524,8 +524,8 @@ cores can multiply or read at most, or NumPy for small calls. Above 1 the new ru
 _GATE = """\
 Compares with the last run of the same CPU in FOLDER: in turns with the code of that run, where git
 has it, because what else runs on a machine changes with the hour; or else by its figures. What
-looks slower is measured again, up to five times, and only what is slower by all of them, beyond
-what they differ by, ends with status 1.
+looks slower is measured again, five to ten times, and only what is slower by all of them together,
+beyond what they differ by, ends with status 1.
 
   fastattn bench --keep history                 # first: something to compare with
   fastattn gate history

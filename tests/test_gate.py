@@ -95,13 +95,24 @@ def test_all_slower_at_once():
     ("levels", "is_slower"),
     [
         ([-0.15, -0.14, -0.16, -0.15, -0.14], True),
-        ([-0.01, -0.20, -0.20, -0.20, -0.20], True),
+        ([-0.01, -0.20, -0.20, -0.20, -0.20, -0.20], True),
         ([+0.01], False),
         ([-0.30, +0.20], False),
         ([-0.05, -0.05], False),
-        ([-0.40, +0.20, -0.40, -0.40, +0.40], False),
+        ([-0.40, +0.20, -0.40, -0.40, +0.40, +0.30], False),
+        ([-0.50, +0.20] * 5, False),
+        ([-0.20, -0.05] * 5, True),
     ],
-    ids=["all", "but for one", "not at all", "not again", "too little", "by accident"],
+    ids=[
+        "all",
+        "but for one",
+        "not at all",
+        "not again",
+        "too little",
+        "by accident",
+        "who knows",
+        "after all",
+    ],
 )
 def test_attempts_decide_together(levels, is_slower):
     answers = iter(levels)

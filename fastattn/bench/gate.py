@@ -63,9 +63,8 @@ def ask(cases: Sequence[str], compare: Compare, fail_under: float) -> Answer:
             levels[case].append(level)
         suspects = [case for case in again if _looks_slower(levels[case], fail_under)]
         if attempt >= FEWEST:
-            bound = fail_under if attempt < MOST else 1.0
             found = [_together(case, levels[case]) for case in suspects]
-            slower |= {each.case: each for each in found if each.high < bound}
+            slower |= {each.case: each for each in found if each.high < fail_under}
             suspects = [case for case in suspects if case not in slower]
     return Answer(levels, list(slower.values()))
 

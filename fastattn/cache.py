@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -21,20 +21,20 @@ from fastattn.kernels.record import field
 from fastattn.problem import UNBOUNDED, Problem
 from fastattn.run import run
 from fastattn.storage import (
+    REPEATABLE,
     Array,
     Storage,
     check_attend,
     check_integers,
     check_rows,
     check_storage_dtype,
+    remember,
+    without_arrays,
 )
 
 _LENGTHS, _POSITIONS, _LEFT, _SEQLEN_KV = (
     field(name) for name in ("lengths", "positions", "left", "seqlen_kv")
 )
-
-# The keywords of `attend` with which a checked call can be made again.
-_REPEATABLE = frozenset(("causal", "scale", "return_lse"))
 
 # What `save` writes.
 _FORMAT = "fastattn.KVCache 1"
@@ -45,6 +45,13 @@ _BITS: dict[int, Any] = {
     4: np.dtype(np.float32),
     8: np.dtype("f8"),
 }
+
+
+class _Known(NamedTuple):
+    """A checked call of `attend`, with what is written anew whenever it is made again."""
+
+    problem: Problem  # its record, too
+    positions: Array | None  # of query 0 of each sequence, where that matters
 
 
 class KVCache:
@@ -131,8 +138,9 @@ class KVCache:
         self._lengths = np.zeros(batch, np.int64)
         self._lengths_address = self._lengths.ctypes.data
         self._longest = 0
+        self._is_even = True  # whether all have the same length
         self._dropped = np.zeros(batch, np.int64)  # tokens before those that are kept
-        self._known: dict[Any, Problem] = {}
+        self._known: dict[Any, _Known] = {}
 
     @property
     def dtype(self) -> Any:
@@ -184,7 +192,7 @@ class KVCache:
         k = check_rows("key", key, (batch, heads, None, head_dim), axes)
         tokens = k.shape[2]
         v = check_rows("value", value, (batch, heads, tokens, storage.value.shape[-1]), axes)
-        counts = np.full(batch, tokens)
+        counts: int | Array = tokens
         if lengths is not None:
             counts = check_integers("lengths", lengths, (batch,), 0, tokens)
             if storage.is_quantised:
@@ -194,30 +202,30 @@ class KVCache:
         new_key, new_value = storage.convert("key", k), storage.convert("value", v)
         self._make_room(counts)
         storage = self._storage
-        begins = self._lengths
-        if (begins == begins[0]).all() and (counts == counts[0]).all():
-            rows = slice(int(begins[0]), int(begins[0] + counts[0]))
-            n = int(counts[0])
+        if isinstance(counts, int) and self._is_even:
+            end = self._longest + counts
+            storage.put((slice(None), slice(None), slice(self._longest, end)), new_key, new_value)
+            self._lengths += counts
+            self._longest = end
+            return
+        begins, counts = self._lengths.tolist(), np.broadcast_to(counts, (batch,))
+        for b, (begin, n) in enumerate(zip(begins, counts.tolist(), strict=True)):
             parts = [
-                (x[:, :, :n], None if scale is None else scale[:, :, :n])
+                (x[b, :, :n], None if scale is None else scale[b, :, :n])
                 for x, scale in (new_key, new_value)
             ]
-            storage.put((slice(None), slice(None), rows), *parts)
-        else:
-            for b, (begin, n) in enumerate(zip(begins.tolist(), counts.tolist(), strict=True)):
-                parts = [
-                    (x[b, :, :n], None if scale is None else scale[b, :, :n])
-                    for x, scale in (new_key, new_value)
-                ]
-                storage.put((b, slice(None), slice(begin, begin + n)), *parts)
-        self._set_lengths(begins + counts)
+            storage.put((b, slice(None), slice(begin, begin + n)), *parts)
+        self._set_lengths(self._lengths + counts)
 
     def _set_lengths(self, lengths: Array) -> None:
         self._lengths[:] = lengths
         self._longest = int(lengths.max())
+        self._is_even = bool(lengths.min() == self._longest)
 
-    def _make_room(self, counts: Array) -> None:
-        """Drop what no query will see, or grow, until so many tokens fit."""
+    def _make_room(self, counts: int | Array) -> None:
+        """Drop what no query will see, or grow, until so many tokens fit behind each sequence."""
+        if isinstance(counts, int) and self._longest + counts <= self.capacity:
+            return
         needed = self._lengths + counts
         if needed.max() <= self.capacity:
             return
@@ -226,23 +234,26 @@ class KVCache:
             # The first new token sees itself and window - 1 before it.
             kept = np.where(needed > self.capacity, np.minimum(kept, self.window - 1), kept)
         most = int((kept + counts).max())
-        if most > self.capacity and not self.grow:
-            raise ValueError(
-                f"key must fit into the capacity of {self.capacity}: "
-                f"got {int(counts.max())} tokens behind lengths {self._lengths}"
-            )
+        if most > self.capacity:
+            if not self.grow:
+                raise ValueError(
+                    f"key must fit into the capacity of {self.capacity}: "
+                    f"got {np.max(counts)} tokens behind lengths {self._lengths}"
+                )
+            self._storage = self._storage.resized(max(2 * self.capacity, most))
+            self._known.clear()
         for b in np.flatnonzero(kept < self._lengths).tolist():
             end, n = int(self._lengths[b]), int(kept[b])
             heads = slice(None)
             self._storage.move((b, heads, slice(0, n)), (b, heads, slice(end - n, end)))
         self._dropped += self._lengths - kept
         self._set_lengths(kept)
-        if most > self.capacity:
-            self._storage = self._storage.resized(max(2 * self.capacity, most))
-            self._known.clear()
 
     def truncate(self, lengths: ArrayLike) -> None:
-        """Forget the tokens from `lengths` on, an int or (batch,) ints of at most `lengths`."""
+        """Forget the tokens from `lengths` on, an int or (batch,) ints of at most `lengths`.
+
+        What a cache with a window has dropped before does not come back.
+        """
         self._set_lengths(check_integers("lengths", lengths, self._lengths.shape, 0, self._lengths))
 
     def reorder(self, indices: ArrayLike) -> None:
@@ -263,7 +274,8 @@ class KVCache:
         ----------
         query : array_like, (batch, num_heads, seqlen_q, head_dim)
         **keywords
-            Those of `attention` but `kv_lengths`, which the cache knows. With ``causal=True`` the
+            Those of `attention` but `kv_lengths`, which the cache knows. seqlen_kv is the largest
+            of `lengths`, and keys are counted from the first that is kept. With ``causal=True`` the
             last query sees every token: append first, then attend.
 
         Returns
@@ -274,15 +286,18 @@ class KVCache:
         Raises
         ------
         TypeError, ValueError
-            As `attention`.
+            As `attention`; ValueError also for queries that are not the last tokens (`query_offset`
+            or ``causal="top_left"``) of a cache with a window.
 
         Notes
         -----
-        With a `window` a query sees at most so many tokens, itself included, and none behind it.
+        With a `window` of the cache a query sees at most so many tokens, itself included, and none
+        behind it; a `window` given here can only narrow that.
         """
         keywords = {name: x for name, x in keywords.items() if x is not None}
-        if self.window is not None and not keywords.get("causal"):
-            keywords["causal"] = True
+        if self.window is not None:
+            _check_last(keywords)
+            keywords["causal"] = keywords.get("causal") or True
         problem = self._repeated(query, keywords)
         if problem is None:
             shape = (*self._storage.key.shape[:2], self._longest)
@@ -302,48 +317,58 @@ class KVCache:
         """Return a call that differs from a checked one in its lengths and arrays, or None.
 
         The lengths change from token to token, and nothing else. So a call is checked, and planned,
-        for as many keys as a power of two, and the record is told how many there are.
+        for as many keys as a power of two, and its record is told how many there are.
         """
+        causal = keywords.get("causal", False)
         if not (
             type(query) is np.ndarray
             and query.ndim == 4
             and len(query) == len(self._lengths)
-            and keywords.keys() <= _REPEATABLE
-            and keywords.get("causal", False) in (True, False, "bottom_right")
+            and keywords.keys() <= REPEATABLE
+            and (causal is True or causal is False or causal == "bottom_right")
             and self._longest > 0
         ):
             return None
         keys = min(1 << (self._longest - 1).bit_length(), self.capacity)
         name = (query.shape, query.dtype, keys, *keywords.values(), *keywords)
-        known = self._known.get(name)
+        try:
+            known = self._known.get(name)
+        except TypeError:  # something that has no hash
+            return None
         if known is None:
-            shape = (*self._storage.key.shape[:2], keys)
-            known = check_attend(query, shape, self._storage, None, keywords)
-            self._limit(known.record)
-            if known.result.dtype != query.dtype or isinstance(keywords.get("scale"), np.ndarray):
+            known = self._checked(query, keys, keywords)
+            if known.problem.result.dtype != query.dtype:
                 return None
-            self._known[name] = known
-        result = np.empty(known.result.shape, known.result.dtype)
-        record = known.record.copy()
+            known = known._replace(problem=without_arrays(known.problem))
+            remember(self._known, name, known)
+        problem, positions = known
+        record, form = problem.record, problem.format
         record[_SEQLEN_KV] = self._longest
-        record[_LENGTHS] = self._lengths_address
-        positions = None
-        if keywords.get("causal"):
-            positions = self._lengths - query.shape[2]
-            record[_POSITIONS] = positions.ctypes.data
-        view = known.format.view
-        lse, result_lse = known.lse, None
-        if known.result_lse is not None:
-            result_lse = lse = np.empty_like(known.lse)
-        return known._replace(
-            query=query.view(view),
-            out=result.view(view),
-            lse=lse,
-            record=record,
-            result=result,
-            result_lse=result_lse,
-            owners=(positions,),
+        if positions is not None:
+            np.subtract(self._lengths, query.shape[2], positions)
+        result = np.empty(problem.frame.result, query.dtype)
+        q, o = query, result
+        if form.view is not query.dtype:
+            q, o = query.view(form.view), result.view(form.view)
+        lse, result_lse = problem.lse, None
+        if problem.result_lse is not None:
+            lse = result_lse = np.empty(lse.shape, lse.dtype)
+        return Problem(
+            *(q, problem.key, problem.value, o, lse, record, form, problem.frame),
+            *(result, result_lse, known, problem.stored),
         )
+
+    def _checked(self, query: Array, keys: int, keywords: dict[str, Any]) -> _Known:
+        """Check a call for so many keys, in a record that looks up where each sequence ends."""
+        shape = (*self._storage.key.shape[:2], keys)
+        problem = check_attend(query, shape, self._storage, None, keywords)
+        self._limit(problem.record)
+        problem.record[_LENGTHS] = self._lengths_address
+        positions = None
+        if keywords.get("causal") or "window" in keywords:
+            positions = np.empty_like(self._lengths)
+            problem.record[_POSITIONS] = positions.ctypes.data
+        return _Known(problem, positions)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a file in NumPy's npz format, free room aside.
@@ -423,6 +448,15 @@ class KVCache:
         cache._dropped[:] = check_integers("dropped", dropped, (batch,), 0, UNBOUNDED)
         cache._set_lengths(check_integers("lengths", lengths, (batch,), 0, rows))
         return cache
+
+
+def _check_last(keywords: dict[str, Any]) -> None:
+    """Check that the queries of a call are the last tokens: others may see what was dropped."""
+    if "query_offset" in keywords or keywords.get("causal") == "top_left":
+        raise ValueError(
+            'query_offset and causal="top_left" must not be given to a cache with a window, '
+            f"whose queries are the last tokens: got {keywords}"
+        )
 
 
 def _dtype_named(name: str) -> Any:

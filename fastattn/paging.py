@@ -9,22 +9,22 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.arguments import check_int
-from fastattn.kernels.record import CHUNK, field
+from fastattn.kernels.record import field
 from fastattn.problem import UNBOUNDED, Problem, as_array
-from fastattn.run import run
+from fastattn.run import run_packed
 from fastattn.storage import (
+    REPEATABLE,
     Array,
     Storage,
-    check_attend,
+    check_attend_packed,
     check_integers,
     check_rows,
     check_storage_dtype,
+    remember,
+    without_arrays,
 )
 
 _PAGES, _PAGES_STEP, _PAGE_SIZE = (field(name) for name in ("pages", "pages_step", "page_size"))
-
-# The keywords of `attend`.
-_KEYWORDS = frozenset(("causal", "scale", "return_lse"))
 
 
 class PagedKVCache:
@@ -106,6 +106,7 @@ class PagedKVCache:
         self._users = [0] * num_pages
         self._free = list(range(num_pages))[::-1]
         self._next_id = 0
+        self._known: dict[Any, Problem] = {}
 
     @property
     def dtype(self) -> Any:
@@ -190,6 +191,9 @@ class PagedKVCache:
         new_key, new_value = storage.convert("key", k), storage.convert("value", v)
         counts = np.diff(starts).tolist()
         self._make_room(known, counts)
+        if cu_seqlens is None:
+            self._write_one_each(known, new_key, new_value)
+            return
         for each, start, count in zip(known, starts.tolist(), counts, strict=False):
             self._write(each, start, count, new_key, new_value)
 
@@ -227,6 +231,14 @@ class PagedKVCache:
         self._users[page] = 1
         return page
 
+    def _write_one_each(self, ids: list[int], key: Any, value: Any) -> None:
+        """Write a row for each of some sequences."""
+        places = [divmod(self._lengths[each], self.page_size) for each in ids]
+        pages = [self._tables[each][page] for each, (page, _) in zip(ids, places, strict=True)]
+        self._storage.put((pages, slice(None), [row for _, row in places]), key, value)
+        for each in ids:
+            self._lengths[each] += 1
+
     def _write(self, each: int, start: int, count: int, key: Any, value: Any) -> None:
         """Write rows from `start` on of what is packed to the pages of a sequence."""
         length, table = self._lengths[each], self._tables[each]
@@ -262,8 +274,11 @@ class PagedKVCache:
             Where the queries of each sequence begin, from 0 to the number of all. None is one query
             for each sequence.
         **keywords
-            `causal`, `scale` and `return_lse` of `attention`. With ``causal=True`` the last query
-            of a sequence sees all of its tokens: append first, then attend.
+            Those of `varlen_attention`: arguments for batch entries have one entry for each of
+            `ids`, and rows are counted in each sequence. Beside them `mask` and `bias`, which
+            broadcast to (num_heads, queries, most tokens of one of `ids`): a row for each query,
+            from token 0 of its own sequence on. With ``causal=True`` the last query of a sequence
+            sees all of its tokens: append first, then attend.
 
         Returns
         -------
@@ -280,45 +295,84 @@ class PagedKVCache:
         -----
         Sequences that write a token each and one whose prompt is taken in by parts go through one
         call. Bits do not depend on what else is in it.
+
+        *Shared prefix.* Keys and values in shared pages are read from memory once for all sequences
+        of the call that write a token or few, part by part, and each part joins what a sequence has
+        of its own as in `merge_states` [1]_ [2]_. Nothing has to be asked for, and no bit changes.
+
+        References
+        ----------
+        .. [1] Juravsky et al. 2024, "Hydragen", section 3, arXiv:2402.05099
+        .. [2] Ye et al. 2024, "Cascade Inference",
+           https://flashinfer.ai/2024/02/02/cascade-inference.html
         """
         keywords = {name: x for name, x in keywords.items() if x is not None}
-        unknown = keywords.keys() - _KEYWORDS
-        if unknown:
-            raise TypeError(f"attend() got an unexpected keyword argument {min(unknown)!r}")
         known = self._known_ids(ids, unique=False)
-        q = as_array("query", query)
-        if q.ndim != 3:
-            raise ValueError(f"query must have shape (queries, num_heads, head_dim): got {q.shape}")
-        starts = _starts("cu_seqlens_q", cu_seqlens_q, len(known), len(q))
-        counts = np.diff(starts)
         lengths = np.array([self._lengths[each] for each in known], np.int64)
-        return_lse = bool(keywords.pop("return_lse", False))
+        problem = self._repeated(query, lengths, keywords) if cu_seqlens_q is None else None
+        if problem is None:
+            q = as_array("query", query)
+            if q.ndim != 3:
+                raise ValueError(
+                    f"query must have shape (queries, num_heads, head_dim): got {q.shape}"
+                )
+            starts = _starts("cu_seqlens_q", cu_seqlens_q, len(known), len(q))
+            problem = check_attend_packed(q, starts, self._storage, lengths, keywords)
+        pages = self._pages(known)
+        problem.record[_PAGES] = pages.ctypes.data
+        problem.record[_PAGES_STEP] = pages.shape[1]
+        problem.record[_PAGE_SIZE] = self.page_size
+        assert problem.packed is not None  # as it was checked
+        packed = problem.packed._replace(pages=pages, page_size=self.page_size)
+        run_packed(problem._replace(packed=packed))
+        if problem.result_lse is not None:
+            return problem.result, problem.result_lse
+        return problem.result
 
-        # A call of no query or of many: the kernels take those of equal length at once.
-        sample = self._check(q[None, :0].swapaxes(1, 2), [], lengths[:0], keywords)
-        output = np.empty((*q.shape[:2], self._storage.value.shape[-1]), sample.result.dtype)
-        lse = np.empty(q.shape[1::-1], sample.format.accumulation)
-        # How a sequence is computed depends on its own lengths alone, and so do its bits.
-        kinds = np.stack([counts, lengths > CHUNK])
-        for kind in np.unique(kinds[:, counts > 0], axis=1).T:
-            chosen = np.flatnonzero((kinds == kind[:, None]).all(axis=0))
-            rows = starts[chosen, None] + np.arange(kind[0])
-            problem = self._check(
-                q[rows].swapaxes(1, 2), [known[n] for n in chosen], lengths[chosen], keywords
-            )
-            run(problem)
-            output[rows] = problem.result.swapaxes(1, 2)
-            lse[:, rows] = problem.lse.swapaxes(0, 1)
-        return (output, lse) if return_lse else output
+    def _repeated(self, query: Any, lengths: Array, keywords: dict[str, Any]) -> Problem | None:
+        """Return a call, of one query for each sequence, that differs from a checked one in arrays.
 
-    def _check(
-        self, query: Array, ids: list[int], lengths: Array, keywords: dict[str, Any]
-    ) -> Problem:
-        """Check a call for sequences with the same number of queries, and lay out their pages."""
-        shape = (len(query), self._storage.key.shape[1], int(lengths.max(initial=0)))
-        numbers = lengths if len(ids) else None
-        keywords = keywords | {"return_lse": True}
-        problem = check_attend(query, shape, self._storage, numbers, keywords)
+        As in `KVCache`; None where it may differ in more.
+        """
+        if not (type(query) is np.ndarray and keywords.keys() <= REPEATABLE):
+            return None
+        kind = type(keywords.get("causal"))  # 1 is no bool, though it equals one
+        name = (query.shape, query.strides, query.dtype, kind, *keywords.values(), *keywords)
+        try:
+            known = self._known.get(name)
+        except TypeError:  # something that has no hash
+            return None
+        if known is None:
+            if query.ndim != 3 or len(query) != len(lengths):
+                return None
+            starts = np.arange(len(lengths) + 1)
+            known = check_attend_packed(query, starts, self._storage, lengths, keywords)
+            if known.result.dtype != query.dtype:
+                return known
+            known = without_arrays(known)
+            remember(self._known, name, known)
+        elif len(query) != len(lengths):
+            return None
+        assert known.packed is not None  # as it was checked
+        known.packed.lengths[:] = lengths
+        if isinstance(known.packed.position, np.ndarray):
+            np.subtract(lengths, 1, known.packed.position)
+        view = known.format.view
+        result = np.empty(known.frame.result, query.dtype)
+        lse, result_lse = known.lse, None
+        if known.result_lse is not None:
+            result_lse = np.empty(known.result_lse.shape, known.result_lse.dtype)
+            lse = result_lse[None]
+        return known._replace(
+            query=query.swapaxes(0, 1)[None].view(view),
+            out=result.swapaxes(0, 1)[None].view(view),
+            lse=lse,
+            result=result,
+            result_lse=result_lse,
+        )
+
+    def _pages(self, ids: list[int]) -> Array:
+        """Return the numbers of the pages of sequences, (len(ids), most pages of one)."""
         tables = [self._tables[each] for each in ids]
         pages = np.zeros((len(ids), max([1, *map(len, tables)])), np.int64)
         for row, table in zip(pages, tables, strict=True):
@@ -326,13 +380,14 @@ class PagedKVCache:
         # Whatever happened to the tables, no page outside the pool is read.
         if pages.size and (pages.min() < 0 or pages.max() >= len(self._users)):
             raise ValueError(f"pages must lie between 0 and {len(self._users) - 1}")
-        problem.record[_PAGES] = pages.ctypes.data
-        problem.record[_PAGES_STEP] = pages.shape[1]
-        problem.record[_PAGE_SIZE] = self.page_size
-        return problem._replace(owners=(problem.owners, pages))
+        return pages
 
     def _known_ids(self, ids: Sequence[int], name: str = "ids", unique: bool = True) -> list[int]:
         """Return ids of sequences that exist."""
+        if type(ids) is list and {*map(type, ids)} == {int}:
+            chosen = {*ids}
+            if chosen <= self._tables.keys() and (len(chosen) == len(ids) or not unique):
+                return ids
         known = check_integers(name, np.asarray(ids), np.shape(ids), 0, UNBOUNDED)
         if known.ndim != 1:
             raise ValueError(f"{name} must have one dimension: got shape {known.shape}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,8 +81,82 @@ def is_long(work: int, workers: int) -> bool:
     return work > LONG_WORK * workers
 
 
+def are_few(frame: Frame, packed: Packed) -> Array:
+    """Return for which of packed sequences the decode kernel runs, by what is theirs alone."""
+    rows = frame.num_heads // frame.num_kv_heads * packed.queries
+    one_chunk = packed.lengths <= CHUNK
+    few: Array = rows <= np.where(one_chunk, _MOST_ROWS_OF_ONE_CHUNK, _MOST_ROWS)
+    return few
+
+
+class Chunks(NamedTuple):
+    """How the decode kernel takes packed sequences."""
+
+    work: Array  # (items, 3): chunk of keys, first member, last member and one
+    members: Array  # (members, 2): sequence, chunks of those before it
+    rows: int  # queries that share a kv head in one sequence, at most
+    workers: int
+    is_long: bool
+
+
+def plan_chunks(frame: Frame, packed: Packed, chosen: Array, threads: int) -> Chunks:
+    """Return the work of the decode kernel for some of packed sequences.
+
+    An item is a chunk of the keys of one kv head, for every sequence that has it in the same pages:
+    its keys come from memory once.
+    """
+    queries = packed.queries * chosen
+    # Lengths in units that end with every chunk and page: token by token, the work stays the same.
+    unit = math.gcd(CHUNK, packed.page_size)
+    units = -(-packed.lengths // unit)
+    tables = None if packed.pages is None else (packed.pages.tobytes(), packed.pages.shape)
+    most_items = threads * _ITEMS_PER_WORKER
+    work, members = _chunk_items(
+        *((queries > 0).tobytes(), units.tobytes(), unit),
+        *(tables, packed.page_size, -(-most_items // frame.num_kv_heads)),
+    )
+    group_size = frame.num_heads // frame.num_kv_heads
+    pairs = int(queries @ packed.lengths) * frame.num_heads
+    multiply_adds = pairs * (frame.head_dim + frame.head_dim_v)
+    serial = threads == 1 or multiply_adds < SERIAL_WORK
+    workers = 1 if serial else min(threads, len(work) * frame.num_kv_heads)
+    rows = group_size * int(queries.max(initial=0))
+    return Chunks(work, members, rows, workers, is_long(multiply_adds, workers))
+
+
+@lru_cache(maxsize=256)
+def _chunk_items(
+    chosen: bytes, units: bytes, unit: int, tables: Any, page_size: int, enough: int
+) -> tuple[Array, Array]:
+    """Return work and members for `plan_chunks`, which has all that they depend on as bytes.
+
+    Sequences go together that have more than half of a chunk in the same pages, unless that leaves
+    less than `enough` items.
+    """
+    lengths = np.frombuffer(units, np.int64) * unit
+    counts = np.maximum(-(-lengths // CHUNK), 1) * np.frombuffer(chosen, bool)
+    before = np.cumsum(counts) - counts
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    chunk = np.arange(len(sequence)) - before[sequence]
+    begins = np.ones(len(sequence), bool)
+    if tables is not None:
+        pages = np.frombuffer(tables[0], np.int64).reshape(tables[1])
+        middle = np.minimum(chunk * CHUNK + CHUNK // 2, lengths[sequence] - 1)
+        page = pages[sequence, np.maximum(middle, 0) // page_size]
+        # Whose middle lies in the same page has all before it in common, too.
+        order = np.lexsort((page, chunk))
+        sequence, chunk, page = sequence[order], chunk[order], page[order]
+        begins[1:] = (np.diff(page) != 0) | (np.diff(chunk) != 0)
+        number = np.arange(len(begins))
+        number -= np.maximum.accumulate(np.where(begins, number, 0))
+        begins |= number % max(len(begins) // enough, 1) == 0
+    first = np.flatnonzero(begins)
+    work = np.stack([chunk[first], first, np.append(first[1:], len(begins))], axis=-1)
+    return work, np.stack([sequence, before[sequence]], axis=-1)
+
+
 def plan_packed(
-    frame: Frame, packed: Packed, tile_queries: int, threads: int
+    frame: Frame, packed: Packed, chosen: Array, tile_queries: int, threads: int
 ) -> tuple[Plan, Array]:
     """Return the plan and its work: (item, 3) integers.
 
@@ -91,7 +166,7 @@ def plan_packed(
     last ones then is done soon, and no core is left with a long sequence alone.
     """
     group_size = frame.num_heads // frame.num_kv_heads
-    queries = np.diff(packed.starts)
+    queries = packed.queries * chosen
     total = int(queries.sum()) * frame.num_heads
     pairs = int(queries @ packed.lengths) * frame.num_heads
     multiply_adds = pairs * (frame.head_dim + frame.head_dim_v)

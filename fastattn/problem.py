@@ -98,10 +98,13 @@ class Packed(NamedTuple):
     """Sequences that lie end to end."""
 
     starts: Array  # where each starts among the queries, and the last one ends
-    lengths: Array  # its keys
+    queries: Array  # how many it has,
+    lengths: Array  # and of keys
     position: int | Array  # key at which its query 0 stands
     left: int  # how far left and right of its position a query sees
     right: int
+    pages: Array | None = None  # (sequence, page) numbers, where keys lie in pages of a pool,
+    page_size: int = 0  # and keys of one page
 
 
 class Problem(NamedTuple):
@@ -154,8 +157,7 @@ def check(
     bias_name: str = "bias",
 ) -> Problem:
     """Check a call of `attention` against the contract and put it into a kernel's terms."""
-    if precision not in PRECISIONS:
-        raise ValueError(f'precision must be "highest" or "bf16": got {precision!r}')
+    check_precision(precision)
     inputs = as_array("query", query), as_array("key", key), as_array("value", value)
     q, k, v, dtype, form = _as_one_type(inputs)
     one_head = q.ndim == k.ndim == v.ndim == 2
@@ -232,10 +234,7 @@ def check(
         owners = (masks, biases, offsets, length, position, terms)
         record = _plain_record(frame, form.storage, 0, 0, bounds, scaling).copy()
         fields = record.view(PROBLEM)[0]
-        if masks is not None:
-            fields["mask"] = _operand(masks, BOOL)
-        if biases is not None:
-            fields["bias"] = _operand(biases, known_format(biases.dtype).storage)
+        _describe_scores(fields, masks, biases)
         _set_numbers(fields, "length", length)
         _set_numbers(fields, "position", position)
         if offsets is not None:
@@ -313,28 +312,39 @@ def check_packed(
     key: ArrayLike,
     value: ArrayLike,
     cu_seqlens_q: ArrayLike,
-    cu_seqlens_kv: ArrayLike | None,
+    cu_seqlens_kv: ArrayLike | None = None,
     *,
-    causal: bool | str,
-    window: Any,
-    query_offset: ArrayLike | None,
-    softcap: float | None,
-    alibi_slopes: ArrayLike | None,
-    sinks: ArrayLike | None,
-    scale: float | None,
-    score_mod: Any,
-    mask_mod: Any,
-    return_lse: bool,
-    out: Array | None,
+    kv_lengths: Array | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    causal: bool | str = False,
+    window: Any = None,
+    query_offset: ArrayLike | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    scale: float | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    precision: str = "highest",
+    return_lse: bool = False,
+    out: Array | None = None,
 ) -> Problem:
-    """Check a call of `varlen_attention`: sequences are batch entries that begin at offsets."""
+    """Check a call of `varlen_attention`: sequences are batch entries that begin at offsets.
+
+    With `kv_lengths` a cache knows where keys and values lie, and those given stand for them. Masks
+    and biases have a row for each query of all sequences, and a column for each key of the longest.
+    """
+    check_precision(precision)
     inputs = as_array("query", query), as_array("key", key), as_array("value", value)
     q, k, v, dtype, form = _as_one_type(inputs)
     for name, x in zip(_NAMES, (q, k, v), strict=True):
         if x.ndim != 3:
             raise ValueError(f"{name} must have shape (total, heads, features): got {x.shape}")
     starts = starts_kv = check_starts("cu_seqlens_q", cu_seqlens_q, len(q))
-    if cu_seqlens_kv is not None:
+    if kv_lengths is not None:
+        starts_kv = np.zeros_like(starts)
+    elif cu_seqlens_kv is not None:
         starts_kv = check_starts("cu_seqlens_kv", cu_seqlens_kv, len(k))
         if len(starts) != len(starts_kv):
             raise ValueError(
@@ -348,11 +358,15 @@ def check_packed(
         )
     frame = _packed_frame(q.shape, k.shape, v.shape, len(starts) - 1)
 
-    lengths = np.diff(starts_kv)
+    queries = np.diff(starts)
+    lengths = np.diff(starts_kv) if kv_lengths is None else kv_lengths
+    scores = frame.num_heads, len(q), int(lengths.max(initial=0))
+    masks = None if mask is None else check_mask("mask", mask, scores)
+    biases = None if bias is None else check_bias("bias", bias, scores)
     bounds = check_bounds(causal, window)
     stands = window is not None or alibi_slopes is not None
     position = check_position(
-        causal, query_offset, lengths, np.diff(starts), frame.batch_shape, stands=stands
+        causal, query_offset, lengths, queries, frame.batch_shape, stands=stands
     )
     cap = 0.0 if softcap is None else check_softcap(softcap, form.accumulation)
     scaling = check_scale(scale, frame.head_dim), cap
@@ -370,29 +384,32 @@ def check_packed(
         result = np.empty(frame.result, dtype)
     else:
         result = check_out(out, frame.result, dtype)
-        check_overlap(result, (*inputs, None, None))
+        check_overlap(result, (*inputs, masks, biases))
     lse, result_lse = _NO_LSE[form.accumulation], None
     if return_lse:
         result_lse = np.empty(frame.result_lse, form.accumulation)
         lse = result_lse[None]
 
     offsets = np.zeros((len(OPERANDS), frame.batch), np.int64)
-    for row, x, begin in (
-        (0, q, starts),
-        (1, k, starts_kv),
-        (2, v, starts_kv),
-        (3, result, starts),
+    for row, begin, step in (
+        (0, starts, q.strides[0]),
+        (1, starts_kv, k.strides[0]),
+        (2, starts_kv, v.strides[0]),
+        (3, starts, result.strides[0]),
+        (4, starts, 0 if masks is None else masks.strides[1]),
+        (5, starts, 0 if biases is None else biases.strides[1]),
     ):
-        offsets[row] = begin[:-1] * x.strides[0]
+        np.multiply(begin[:-1], step, offsets[row])
     record = _plain_record(frame, form.storage, 0, 0, bounds, scaling).copy()
     fields = record.view(PROBLEM)[0]
     fields["offsets"], fields["starts"] = offsets.ctypes.data, starts.ctypes.data
+    _describe_scores(fields, masks, biases)
     _set_numbers(fields, "length", lengths)
     _set_numbers(fields, "position", position)
     terms.describe(fields)
     q, k, v, o = (x.swapaxes(0, 1)[None].view(form.view) for x in (q, k, v, result))
-    owners = (offsets, starts, lengths, position, terms)
-    packed = Packed(starts, lengths, position, *bounds)
+    owners = (masks, biases, offsets, starts, lengths, position, terms)
+    packed = Packed(starts, queries, lengths, position, *bounds)
     return Problem(q, k, v, o, lse, record, form, frame, result, result_lse, owners, packed=packed)
 
 
@@ -478,6 +495,7 @@ def _plain_record(
     fields["batches"] = frame.batch
     for name in ("num_heads", "num_kv_heads", "seqlen_q", "seqlen_kv", "head_dim", "head_dim_v"):
         fields[name] = getattr(frame, name)
+    fields["rows"] = frame.num_heads // max(frame.num_kv_heads, 1) * frame.seqlen_q
     fields["length"] = length
     fields["position"] = position
     fields["left"], fields["right"] = bounds
@@ -487,6 +505,14 @@ def _plain_record(
     fields["softcap"] = softcap
     record.flags.writeable = False
     return record.view(np.int64)
+
+
+def _describe_scores(fields: Any, masks: Array | None, biases: Array | None) -> None:
+    """Describe views of the scores' shape in a record."""
+    if masks is not None:
+        fields["mask"] = _operand(masks, BOOL)
+    if biases is not None:
+        fields["bias"] = _operand(biases, known_format(biases.dtype).storage)
 
 
 def _operand(x: Array, storage: int) -> tuple[int, ...]:
@@ -778,6 +804,12 @@ def check_position(
     if causal == "top_left" or not (causal or stands):
         return 0
     return length - seqlen_q
+
+
+def check_precision(precision: Any) -> None:
+    """Check the name of a precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be "highest" or "bf16": got {precision!r}')
 
 
 def check_scale(scale: Any, head_dim: int) -> float:

@@ -8,10 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn import runtime
-from fastattn.kernels.record import BLOCK_KV, CHUNK, HALF, PROBLEM, field
+from fastattn.kernels.record import BLOCK_KV, CHUNK, HALF, field
 from fastattn.loading import loads
-from fastattn.plan import chunks, plan, plan_packed
-from fastattn.problem import Array, Format, Frame, Problem, known_format
+from fastattn.plan import are_few, chunks, plan, plan_chunks, plan_packed
+from fastattn.problem import Array, Format, Packed, Problem, known_format
+
+_PAGE_SIZE, _STATES, _FINISHED, _ROWS, _WORK, _WORK_ITEMS, _MEMBERS = (
+    field(name)
+    for name in ("page_size", "states", "finished", "rows", "work", "work_items", "members")
+)
 
 
 class _Compiled(NamedTuple):
@@ -64,6 +69,77 @@ def _is_read_in_place(problem: Problem, stored: Format) -> bool:
     )
 
 
+_ready: dict[tuple[int, int, bool, bool], _Compiled] = {}
+
+
+def _code(problem: Problem, is_decode: bool) -> _Compiled:
+    """Return the compiled code for a problem."""
+    form, stored = problem.format, problem.stored or problem.format
+    in_place = (
+        is_decode
+        and stored.view.itemsize < form.accumulation.itemsize
+        and _is_read_in_place(problem, stored)
+    )
+    name = (form.storage, stored.storage, is_decode, in_place)
+    ready = _ready.get(name)
+    if ready is None:
+        ready = _ready[name] = _compiled(form, stored, is_decode, in_place)
+    return ready
+
+
+def _start(
+    ready: _Compiled, problem: Problem, record: Array, tiles: int, workers: int, is_long: bool
+) -> None:
+    """Run the compiled code on one thread or several."""
+    query, key, value, out, lse, *_ = problem
+    if workers == 1 and not is_long:
+        if ready.run(query, key, value, out, lse, tiles, record, ready.kernel) == 0:
+            raise MemoryError(runtime.NO_MEMORY)
+    else:
+        placed = np.empty_like(record)
+        ready.place(query, key, value, out, lse, tiles, record, placed)
+        runtime.launch(ready.kernel, placed, workers, is_long=is_long)
+
+
+def run(problem: Problem) -> None:
+    """Plan a checked problem and run it."""
+    record, frame = problem.record, problem.frame
+    if problem.out.size == 0 and problem.lse.size == 0:
+        return
+    is_decode, tiles, workers, is_long = plan(frame, runtime.usable_threads())
+    if is_decode and frame.seqlen_kv > CHUNK:
+        heads = frame.batch * frame.num_kv_heads
+        rows = frame.num_heads // frame.num_kv_heads * frame.seqlen_q
+        record, _room = _with_states(problem, record, heads * chunks(frame.seqlen_kv), heads, rows)
+    _start(_code(problem, is_decode), problem, record, tiles, workers, is_long)
+
+
+def run_packed(problem: Problem) -> None:
+    """Plan and run a checked call of packed sequences: each as it would be run by itself."""
+    frame, packed = problem.frame, problem.packed
+    assert packed is not None  # that is what the call is
+    if problem.out.size == 0 and problem.lse.size == 0:
+        return
+    few = are_few(frame, packed)
+    if few.any():
+        _run_few(problem, packed, few)
+    if not few.all():
+        _run_many(problem, packed, ~few)
+
+
+def _run_few(problem: Problem, packed: Packed, chosen: Array) -> None:
+    """Run the decode kernel for some of packed sequences."""
+    frame = problem.frame
+    work, members, rows, workers, is_long = plan_chunks(
+        frame, packed, chosen, runtime.usable_threads()
+    )
+    heads, states = frame.batch * frame.num_kv_heads, len(members) * frame.num_kv_heads
+    record, _room = _with_states(problem, problem.record, states, heads, rows)
+    record[_WORK], record[_WORK_ITEMS] = work.ctypes.data, len(work)
+    record[_MEMBERS], record[_ROWS] = members.ctypes.data, rows
+    _start(_code(problem, is_decode=True), problem, record, 1, workers, is_long)
+
+
 @cache
 @loads
 def _tile_queries(accumulation: np.dtype[Any]) -> int:
@@ -76,63 +152,25 @@ def _tile_queries(accumulation: np.dtype[Any]) -> int:
     return queries
 
 
-def run_packed(problem: Problem) -> None:
-    """Plan and run a checked call of packed sequences."""
-    query, key, value, out, lse, record, form, frame, *_, packed = problem
-    if out.size == 0 and lse.size == 0:
-        return
-    assert packed is not None  # that is what the call is
-    ready = _compiled(form, form, is_decode=False, in_place=False)
-    tile_queries = _tile_queries(form.accumulation)
-    planned, work = plan_packed(frame, packed, tile_queries, runtime.usable_threads())
-    fields = record.view(PROBLEM)[0]
-    fields["work"], fields["work_items"] = work.ctypes.data, len(work)
-    placed = np.empty_like(record)
-    ready.place(query, key, value, out, lse, planned.tiles, record, placed)
-    runtime.launch(ready.kernel, placed, planned.workers, is_long=planned.is_long)
+def _run_many(problem: Problem, packed: Packed, chosen: Array) -> None:
+    """Run the prefill kernel for some of packed sequences."""
+    tile_queries = _tile_queries(problem.format.accumulation)
+    threads = runtime.usable_threads()
+    planned, work = plan_packed(problem.frame, packed, chosen, tile_queries, threads)
+    _, tiles, workers, is_long = planned
+    record = problem.record.copy()
+    record[_WORK], record[_WORK_ITEMS] = work.ctypes.data, len(work)
+    _start(_code(problem, is_decode=False), problem, record, tiles, workers, is_long)
 
 
-_PAGE_SIZE, _STATES, _FINISHED = field("page_size"), field("states"), field("finished")
-_ready: dict[tuple[int, int, bool, bool], _Compiled] = {}
-
-
-def run(problem: Problem) -> None:
-    """Plan a checked problem and run it."""
-    query, key, value, out, lse, record, form, frame, *_, stored, _ = problem
-    if out.size == 0 and lse.size == 0:
-        return
-    if stored is None:
-        stored = form
-    planned = plan(frame, runtime.usable_threads())
-    is_decode, tiles, workers, is_long = planned
-    in_place = (
-        is_decode
-        and stored.view.itemsize < form.accumulation.itemsize
-        and _is_read_in_place(problem, stored)
-    )
-    name = (form.storage, stored.storage, is_decode, in_place)
-    ready = _ready.get(name)
-    if ready is None:
-        ready = _ready[name] = _compiled(form, stored, is_decode, in_place)
-    if is_decode and frame.seqlen_kv > CHUNK:
-        record, _room = _with_states(record, frame, form)
-    if workers == 1 and not is_long:
-        if ready.run(query, key, value, out, lse, tiles, record, ready.kernel) == 0:
-            raise MemoryError(runtime.NO_MEMORY)
-    else:
-        placed = np.empty_like(record)
-        ready.place(query, key, value, out, lse, tiles, record, placed)
-        runtime.launch(ready.kernel, placed, workers, is_long=is_long)
-
-
-def _with_states(record: Array, frame: Frame, form: Format) -> tuple[Array, tuple[Array, ...]]:
-    """Return the record with room for what is known after each chunk of keys, and that room."""
-    heads = frame.batch * frame.num_kv_heads
-    rows = frame.num_heads // frame.num_kv_heads * frame.seqlen_q
-    padded = -(-frame.head_dim_v // 16) * 16  # whole registers of any instruction set
-    states = np.empty(heads * chunks(frame.seqlen_kv) * rows * (padded + 2), form.accumulation)
+def _with_states(
+    problem: Problem, record: Array, states: int, heads: int, rows: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """Return a record with room for what is known after each chunk of keys, and that room."""
+    padded = -(-problem.frame.head_dim_v // 16) * 16  # whole registers of any instruction set
+    room = np.empty(states * rows * (padded + 2), problem.format.accumulation)
     finished = np.zeros(heads, np.int64)
     record = record.copy()
-    record[_STATES] = states.ctypes.data
+    record[_STATES] = room.ctypes.data
     record[_FINISHED] = finished.ctypes.data
-    return record, (states, finished)
+    return record, (room, finished)

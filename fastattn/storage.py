@@ -5,11 +5,13 @@ What only a cache knows is checked here, everything else as in any other call.
 
 from __future__ import annotations
 
+from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastattn import reference
 from fastattn.kernels.record import FLOAT32, PROBLEM
 from fastattn.problem import (
     QUANTISED,
@@ -17,24 +19,19 @@ from fastattn.problem import (
     Problem,
     as_array,
     check,
+    check_packed,
     is_float,
     known_format,
 )
-from fastattn.reference import FLOATS
 
 Array = NDArray[Any]
 
-# The keywords that `check` wants, as `attention` has them.
-_DEFAULTS: dict[str, Any] = {
-    "mask": None,
-    "bias": None,
-    "causal": False,
-    "query_offset": None,
-    "scale": None,
-    "layout": "bhld",
-    "return_lse": False,
-    "out": None,
-}
+# Those of `attention`.
+_KEYWORDS = frozenset(
+    name
+    for name, each in signature(reference.attention).parameters.items()
+    if each.kind is Parameter.KEYWORD_ONLY
+)
 
 
 class Storage:
@@ -47,13 +44,9 @@ class Storage:
         self.key = np.zeros((*shape, head_dim), dtype)
         self.value = np.zeros((*shape, head_dim_v), dtype)
         self.key_scale = self.value_scale = None
+        self.is_quantised = bool(dtype == np.int8)  # with scales, then
         if self.is_quantised:
             self.key_scale, self.value_scale = (np.zeros(shape, np.float32) for _ in range(2))
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether rows are kept as int8, with scales."""
-        return bool(self.dtype == np.int8)
 
     @property
     def format(self) -> Format:
@@ -73,10 +66,12 @@ class Storage:
 
     def convert(self, name: str, x: Array) -> tuple[Array, Array | None]:
         """Return rows in the format of the cache, and their scales."""
-        if not self.is_quantised:
-            with np.errstate(over="ignore"):  # infinity is what rounding gives
-                return x.astype(self.dtype, copy=False), None
-        return quantise(name, x)
+        if self.is_quantised:
+            return quantise(name, x)
+        if x.dtype == self.dtype:
+            return x, None
+        with np.errstate(over="ignore"):  # infinity is what rounding gives
+            return x.astype(self.dtype), None
 
     def put(self, place: Any, key: tuple[Array, Any], value: tuple[Array, Any]) -> None:
         """Write converted rows to where an index of (slot, head, row) says."""
@@ -97,19 +92,16 @@ class Storage:
             theirs[:, :, :old] = ours
         return new
 
-    def attach(self, record: Array) -> None:
-        """Describe in a problem's record how the rows are kept."""
+    def place(self, problem: Problem) -> Problem:
+        """Return a problem, checked for other keys and values, with those that are kept."""
+        record, form = problem.record.copy(), self.format
         fields = record.view(PROBLEM)[0]
-        storage = self.format.storage
-        fields["k"]["storage"] = fields["v"]["storage"] = storage
+        fields["k"]["storage"] = fields["v"]["storage"] = form.storage
         for name, scale in (("k_scale", self.key_scale), ("v_scale", self.value_scale)):
             if scale is not None:
                 fields[name] = (scale.ctypes.data, *scale.strides, 0, FLOAT32)
-
-    def rows(self) -> tuple[Array, Array]:
-        """Return key and value as the kernels take them."""
-        view = self.format.view
-        return self.key.view(view), self.value.view(view)
+        key, value = self.key.view(form.view), self.value.view(form.view)
+        return problem._replace(key=key, value=value, record=record, stored=form)
 
 
 def quantise(name: str, x: Array) -> tuple[Array, Array]:
@@ -135,7 +127,7 @@ def check_storage_dtype(dtype: DTypeLike) -> Any:
     except TypeError:
         checked = np.dtype(object)
     if checked != np.int8 and not is_float(checked):
-        raise TypeError(f"dtype must be one of {', '.join(FLOATS)}, int8: got {dtype!r}")
+        raise TypeError(f"dtype must be one of {', '.join(reference.FLOATS)}, int8: got {dtype!r}")
     return checked
 
 
@@ -169,29 +161,69 @@ def check_integers(
     return x.astype(np.int64)
 
 
-def _stand_in(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return an array of a shape that takes no memory: for checks that look at no element."""
-    return np.broadcast_to(np.zeros((), dtype), shape)
+# Those with which a checked call can be made again, as they hold no arrays.
+REPEATABLE = frozenset(("causal", "window", "softcap", "scale", "return_lse"))
+
+# How many checked calls a cache remembers.
+_MOST_REMEMBERED = 64
+
+# What `attention` has and `attend` has not, with the reason.
+_WITHOUT = {"kv_lengths": "the cache knows how many keys there are"}
+_WITHOUT_IF_PACKED = _WITHOUT | {
+    "layout": "queries of all sequences lie end to end",
+    "block_mask": "sequences have unequal lengths, give a mask_mod",
+}
+
+
+def _check_keywords(keywords: dict[str, Any], without: dict[str, str]) -> None:
+    """Check that a call has no keyword but those of `attention` that have a meaning."""
+    for name in keywords:
+        if name in without or name not in _KEYWORDS:
+            reason = f": {without[name]}" if name in without else ""
+            raise TypeError(f"attend() got an unexpected keyword argument {name!r}{reason}")
+
+
+def without_arrays(problem: Problem) -> Problem:
+    """Return a problem that keeps no query and no result alive."""
+    nothing = np.empty(0)
+    return problem._replace(query=nothing, out=nothing, result=nothing)
+
+
+def remember(known: dict[Any, Any], name: Any, call: Any) -> None:
+    """Keep what is known of a call under a name, among the latest ones."""
+    if len(known) >= _MOST_REMEMBERED:
+        known.clear()
+    known[name] = call
+
+
+def _stand_ins(query: Array, shape: tuple[int, ...], storage: Storage) -> list[Array]:
+    """Return key and value for checks that look at no element; they take no memory."""
+    dtype = query.dtype if storage.is_quantised else storage.dtype
+    element = np.zeros((), dtype)
+    return [np.broadcast_to(element, (*shape, x.shape[-1])) for x in (storage.key, storage.value)]
 
 
 def check_attend(
     query: Any, shape: tuple[int, ...], storage: Storage, lengths: Any, keywords: dict[str, Any]
 ) -> Problem:
     """Check a call with keys and values of a shape (batch, num_kv_heads, seqlen_kv)."""
-    unknown = keywords.keys() - _DEFAULTS.keys()
-    if unknown:
-        raise TypeError(f"attend() got an unexpected keyword argument {min(unknown)!r}")
+    _check_keywords(keywords, _WITHOUT)
     q = as_array("query", query)
     if q.ndim != 4 or len(q) != shape[0]:
         raise ValueError(
             f"query must have four axes, the first of them {shape[0]}, as the cache: got {q.shape}"
         )
-    dtype = q.dtype if storage.is_quantised else storage.dtype
-    key, value = (_stand_in((*shape, x.shape[-1]), dtype) for x in (storage.key, storage.value))
+    key, value = _stand_ins(q, shape, storage)
     if keywords.get("layout") == "blhd":
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    problem = check(q, key, value, kv_lengths=lengths, **_DEFAULTS | keywords)
-    record = problem.record.copy()
-    storage.attach(record)
-    key, value = storage.rows()
-    return problem._replace(key=key, value=value, record=record, stored=storage.format)
+    return storage.place(check(q, key, value, kv_lengths=lengths, **keywords))
+
+
+def check_attend_packed(
+    query: Any, starts: Array, storage: Storage, lengths: Array, keywords: dict[str, Any]
+) -> Problem:
+    """Check a call with queries that lie end to end; where the keys lie is for the cache to add."""
+    _check_keywords(keywords, _WITHOUT_IF_PACKED)
+    q = as_array("query", query)
+    key, value = _stand_ins(q, (0, storage.key.shape[1]), storage)
+    return storage.place(check_packed(q, key, value, starts, kv_lengths=lengths, **keywords))

@@ -18,6 +18,10 @@ with the keys: a row of V for every CHUNK of them and every query.
 
 See Dao, Haziza, Massa and Sizov (2023), Flash-Decoding for long-context inference, and for the
 merge Milakov and Gimelshein (2018), section 3.1.
+
+Where packed sequences have a chunk in the same pages, one work item goes over all of them: the
+first reads the keys from memory, and the others from the cache of the core. No bit depends on it.
+See Juravsky et al. (2024), Hydragen, section 3, for what a shared prefix is worth.
 """
 
 from __future__ import annotations
@@ -297,44 +301,65 @@ def decode(element: types.Float, storage: int) -> int:
         )
         return scratch, memory, integers
 
+    @glue
+    def attend(problem, batch, kv_head, chunk, before, size, scratch):
+        """One chunk of the keys of one kv head of a batch entry; ``before`` it lie so many."""
+        item = item_of(problem, kv_head, batch, itemsize(scratch.p))
+        chunks = max((item.seqlen_kv + CHUNK - 1) // CHUNK, 1)
+        if chunk >= chunks:
+            return
+        rows = problem.num_heads // problem.num_kv_heads * item.seqlen_q
+        queries = (rows + register - 1) // register * register
+        v_length, extent = scratch.v_length, scratch.places.extent
+        parts.find_places(problem, item, queries, 0, rows, scratch.places)
+        # The states of the head's chunks: in scratch where there is only one.
+        states = address(scratch.state)
+        if chunks > 1:
+            states = problem.states + (before * problem.num_kv_heads + kv_head * chunks) * size
+        begin = max(extent[0] // BLOCK_KV * BLOCK_KV, chunk * CHUNK)
+        end = min(extent[3] + 1, (chunk + 1) * CHUNK)
+        if begin < end:
+            pack(problem, item, rows, scratch)
+            state = state_at(states + chunk * size, rows, v_length)
+            attend_chunk(problem, item, rows, queries, begin, end, state, scratch)
+        done = np.int64(1)
+        if chunks > 1:
+            head = batch * problem.num_kv_heads + kv_head
+            done += take_ticket(on(pointer(problem.finished, _INTEGER), head))
+        if done == chunks:
+            begin, end = extent[0] // CHUNK, extent[3] // CHUNK
+            total = state_at(address(scratch.total), rows, v_length)
+            heads = scratch.places.heads
+            merge(problem, states, size, begin, end, rows, total, heads, v_length)
+            finish(problem, item, rows, queries, total, scratch)
+
     @kernel(element, storage)
     def decode(problem_address):
         """Take work items from the problem's counter until none is left."""
         problem = problem_at(problem_address)
-        rows = problem.num_heads // problem.num_kv_heads * problem.seqlen_q
-        queries = (rows + register - 1) // register * register
+        queries = (problem.rows + register - 1) // register * register
         chunks = max((problem.seqlen_kv + CHUNK - 1) // CHUNK, 1)
         items = problem.batches * problem.num_kv_heads * chunks
-        scratch, memory, integers = allocate(problem, rows, queries)
-        v_length = scratch.v_length
-        size = rows * (v_length + 2) * itemsize(scratch.q)
-        extent = scratch.places.extent
+        if problem.work != 0:
+            items = problem.work_items * problem.num_kv_heads
+        scratch, memory, integers = allocate(problem, problem.rows, queries)
+        size = problem.rows * (scratch.v_length + 2) * itemsize(scratch.q)
         counter = pointer(problem_address, _INTEGER)
         number = take_ticket(counter)
         while number < items:
-            head, chunk = number // chunks, number % chunks
-            batch, kv_head = head // problem.num_kv_heads, head % problem.num_kv_heads
-            item = item_of(problem, kv_head, batch, itemsize(scratch.p))
-            parts.find_places(problem, item, queries, 0, rows, scratch.places)
-            # The states of the head's chunks: in scratch where there is only one.
-            states = address(scratch.state)
-            if chunks > 1:
-                states = problem.states + head * chunks * size
-            begin = max(extent[0] // BLOCK_KV * BLOCK_KV, chunk * CHUNK)
-            end = min(extent[3] + 1, (chunk + 1) * CHUNK)
-            if begin < end:
-                pack(problem, item, rows, scratch)
-                state = state_at(states + chunk * size, rows, v_length)
-                attend_chunk(problem, item, rows, queries, begin, end, state, scratch)
-            done = np.int64(1)
-            if chunks > 1:
-                done += take_ticket(on(pointer(problem.finished, _INTEGER), head))
-            if done == chunks:
-                begin, end = extent[0] // CHUNK, extent[3] // CHUNK
-                total = state_at(address(scratch.total), rows, v_length)
-                heads = scratch.places.heads
-                merge(problem, states, size, begin, end, rows, total, heads, v_length)
-                finish(problem, item, rows, queries, total, scratch)
+            chunk, head = number % chunks, number // chunks
+            kv_head, first = head % problem.num_kv_heads, head // problem.num_kv_heads
+            last = first + 1
+            if problem.work != 0:
+                entry = on(pointer(problem.work, _INTEGER), number // problem.num_kv_heads * 3)
+                kv_head = number % problem.num_kv_heads
+                chunk, first, last = entry[0], entry[1], entry[2]
+            for n in range(first, last):
+                batch, before = n, n * chunks
+                if problem.work != 0:
+                    member = on(pointer(problem.members, _INTEGER), n * 2)
+                    batch, before = member[0], member[1]
+                attend(problem, batch, kv_head, chunk, before, size, scratch)
             number = take_ticket(counter)
         keep(memory)
         keep(integers)

@@ -81,14 +81,17 @@ PROBLEM = np.dtype(
             "page_size",  # and keys of one page
             "states",  # decode: address of what is known after each chunk of keys, if there are
             "finished",  # several; and of how many are done, for each kv head of each batch entry
+            "rows",  # decode: queries that share a kv head in one batch entry, at most
             "slopes",  # address of (batch, head) in the accumulation type,
             "slopes_step",  # and elements from one batch entry to the next
             "sinks",  # address of (head) in the accumulation type
             # Packed sequences: address of where each starts among the queries, and where the last
             # one ends; then ``seqlen_q`` is that of all,
             "starts",
-            "work",  # address of (batch entry, first row, rows) of each work item of a kv head
+            "work",  # address of (batch entry, first row, rows) of each work item of a kv head; for
+            # decode of (chunk of keys, first member, last one and one)
             "work_items",
+            "members",  # decode: address of (batch entry, chunks of those before it)
         )
     ]
     + [

@@ -7,12 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checks import BFLOAT16, FLOAT_DTYPES, to_float64
+from checks import (
+    BFLOAT16,
+    FLOAT_DTYPES,
+    assert_accurate,
+    assert_same_bits,
+    assert_within,
+    rounding_bound,
+    to_float64,
+)
+from fastattn.kernels.record import CHUNK
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from numba import njit
 
 import fastattn
-from fastattn import KVCache, PagedKVCache
+from fastattn import KVCache, PagedKVCache, create_block_mask, plan
 
 INT8 = np.dtype(np.int8)
 STORAGES = [*FLOAT_DTYPES, INT8]
@@ -40,6 +50,260 @@ def assert_close(result, expected, dtype, times=1):
 def unchanged(cache):
     """Return all that a cache holds, as bytes."""
     return [x.tobytes() for x in cache._storage.arrays], cache.lengths.tobytes()
+
+
+@njit
+def fading(score, b, h, i, j):
+    return 0.7 * score + 0.01 * (i - j) - 0.3 * h + 0.1 * b
+
+
+@njit
+def scattered(b, h, i, j):
+    return (3 * i + 7 * j + h + 2 * b) % 5 > 1
+
+
+def keywords_for(rng, batch, seqlen_q, seqlen_kv):
+    """Return keywords of attention by name: each alone, and all that go together."""
+    visible = rng.random((seqlen_q, seqlen_kv)) < 0.7
+    bias = rng.standard_normal((HEADS, seqlen_q, seqlen_kv)).astype(np.float32)
+    each = {
+        "mask": {"mask": visible},
+        "bias": {"bias": np.where(visible, bias, -np.inf)},
+        "causal": {"causal": True},
+        "top_left": {"causal": "top_left"},
+        "window": {"window": (20, 3)},
+        "query_offset": {"causal": True, "query_offset": rng.integers(0, 9, batch)},
+        "softcap": {"softcap": 1.5},
+        "alibi_slopes": {"alibi_slopes": rng.random((batch, HEADS))},
+        "sinks": {"sinks": rng.standard_normal(HEADS)},
+        "scale": {"scale": -0.3},
+        "score_mod": {"score_mod": fading},
+        "mask_mod": {"mask_mod": scattered},
+        "precision": {"precision": "bf16"},
+    }
+    everything = {name: x for part in each.values() for name, x in part.items()}
+    return each | {"everything": everything | {"causal": "bottom_right"}}
+
+
+KEYWORDS = list(keywords_for(np.random.default_rng(0), 1, 1, 1))
+
+
+def dequantised(x, scale):
+    """Return rows as a cache keeps them, as floats."""
+    return x if scale is None else x * scale[..., None]
+
+
+class TestKeywords:
+    """Every keyword with every storage, against the reference over what the storage holds."""
+
+    @pytest.mark.parametrize("dtype", STORAGES, ids=str)
+    @pytest.mark.parametrize("lengths", [(1, CHUNK + 60), (3, 70), (20, 70)], ids=str)
+    @pytest.mark.parametrize("name", [*KEYWORDS, "block_mask", "layout", "out"])
+    def test_buffers(self, dtype, lengths, name, rng):
+        seqlen_q, seqlen_kv = lengths
+        cache = KVCache(2, KV_HEADS, HEAD_DIM, 700, head_dim_v=HEAD_DIM_V, dtype=dtype)
+        cache.append(*tokens(rng, 2, KV_HEADS, seqlen_kv), lengths=[seqlen_kv, seqlen_kv - 30])
+        query = rng.standard_normal((2, HEADS, seqlen_q, HEAD_DIM))
+        query = query.astype(np.float32 if dtype == INT8 else dtype)
+        storage = cache._storage
+        key = dequantised(storage.key, storage.key_scale)[:, :, :seqlen_kv]
+        value = dequantised(storage.value, storage.value_scale)[:, :, :seqlen_kv]
+        if name == "block_mask":
+            keywords = {name: create_block_mask(scattered, 2, HEADS, seqlen_q, seqlen_kv, 48)}
+        elif name == "layout":
+            keywords = {name: "blhd"}
+            query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        elif name == "out":
+            keywords = {}
+            out = np.full((2, HEADS, seqlen_q, 2 * HEAD_DIM_V), 9, query.dtype)[..., ::2]
+            assert cache.attend(query, out=out) is out
+            assert_accurate(out, query, key, value, kv_lengths=cache.lengths)
+        else:
+            keywords = keywords_for(rng, 2, seqlen_q, seqlen_kv)[name]
+        # The second call may go another way than the first.
+        for _ in range(2):
+            result = cache.attend(query, return_lse=True, **keywords)
+            assert_accurate(result, query, key, value, kv_lengths=cache.lengths, **keywords)
+        assert_same_bits(cache.attend(query, **keywords), result[0])
+
+    @pytest.mark.parametrize("dtype", STORAGES, ids=str)
+    @pytest.mark.parametrize("page_size", [64, 48])
+    @pytest.mark.parametrize("name", KEYWORDS)
+    def test_pages(self, dtype, page_size, name, rng):
+        lengths, queries = [CHUNK + 60, 3, 70, 90, 0], [1, 3, 20, 0, 2]
+        cache = PagedKVCache(20, page_size, KV_HEADS, HEAD_DIM, head_dim_v=HEAD_DIM_V, dtype=dtype)
+        ids = [cache.add() for _ in lengths]
+        cache.append(ids, *tokens(rng, sum(lengths), KV_HEADS), np.cumsum([0, *lengths]))
+        # Of every second feature: nothing relies on how queries lie.
+        query = rng.standard_normal((sum(queries), HEADS, 2 * HEAD_DIM)).astype(np.float32)
+        query = query.astype(np.float32 if dtype == INT8 else dtype)[..., ::2]
+        keywords = keywords_for(rng, len(ids), sum(queries), max(lengths))[name]
+        starts = np.cumsum([0, *queries])
+        output, lse = cache.attend(query, ids, starts, return_lse=True, **keywords)
+        out = np.empty_like(output)
+        assert cache.attend(query, ids, starts, out=out, **keywords) is out
+        assert_same_bits(out, output)
+        for n, each in enumerate(ids):
+            mine = slice(*starts[n : n + 2])
+            kept = self.kept(cache, each)
+            own = self.keywords_of_one(keywords, n, mine, lengths[n])
+            truth, truth_lse = fastattn.reference.attention(
+                *map(to_float64, (query[mine].swapaxes(0, 1), *kept)), return_lse=True, **own
+            )
+            bound = (
+                rounding_bound(
+                    *(query[mine].swapaxes(0, 1), *kept),
+                    bias=5.0,  # more than any of the keywords add to a score
+                    scale=own.get("scale"),
+                )
+                if lengths[n] and queries[n]
+                else 0.0
+            )
+            assert_within(output[mine].swapaxes(0, 1), truth, output.dtype, bound)
+            assert_within(lse[:, mine], truth_lse, lse.dtype, 1e-5)
+
+    def kept(self, cache, each):
+        """Return key and value of a sequence, (heads, tokens, features)."""
+        storage, length = cache._storage, cache._lengths[each]
+        parts = (
+            (storage.key, storage.key_scale),
+            (storage.value, storage.value_scale),
+        )
+        return [
+            np.concatenate(
+                [np.zeros((KV_HEADS, 0, x.shape[-1]), x.dtype)]
+                + [dequantised(x, scale)[page] for page in table],
+                axis=1,
+            )[:, :length]
+            for (x, scale), table in ((part, cache._tables[each]) for part in parts)
+        ]
+
+    def keywords_of_one(self, keywords, n, rows, length):
+        """Return the keywords for one sequence of a call."""
+        own = dict(keywords)
+        for name in ("mask", "bias"):
+            if name in own:
+                own[name] = own[name][..., rows, :length]
+        for name in ("alibi_slopes", "query_offset"):
+            if name in own:
+                own[name] = own[name][n]
+        if "score_mod" in own:
+            own["score_mod"] = lambda score, b, h, i, j: fading.py_func(score, b + n, h, i, j)
+        if "mask_mod" in own:
+            own["mask_mod"] = lambda b, h, i, j: scattered.py_func(b + n, h, i, j)
+        return own
+
+    def test_a_window_is_narrowed(self, rng):
+        cache = KVCache(1, KV_HEADS, HEAD_DIM, 40, head_dim_v=HEAD_DIM_V, window=20)
+        key, value = tokens(rng, 1, KV_HEADS, 30)
+        cache.append(key, value)
+        query = rng.standard_normal((1, HEADS, 2, HEAD_DIM), dtype=np.float32)
+        for given, left in ((None, 19), ((5, 7), 5), ((30, 0), 19), ((None, 2), 19)):
+            expected = {"causal": True, "window": (left, 0)}
+            assert_accurate(cache.attend(query, window=given), query, key, value, **expected)
+
+    @pytest.mark.parametrize("keywords", [{"causal": "top_left"}, {"query_offset": 0}])
+    def test_queries_of_a_window_are_the_last_tokens(self, keywords):
+        cache = KVCache(1, 1, 8, 40, window=20)
+        with pytest.raises(ValueError, match="whose queries are the last tokens"):
+            cache.attend(np.zeros((1, 1, 1, 8), np.float32), **keywords)
+
+    @pytest.mark.parametrize(
+        ("keywords", "error", "message"),
+        [
+            ({"kv_lengths": 3}, TypeError, "unexpected keyword argument 'kv_lengths': the cache"),
+            ({"mask_name": "m"}, TypeError, r"unexpected keyword argument 'mask_name'$"),
+            ({"mask": np.ones((1, 6), bool)}, ValueError, "mask must broadcast"),
+            ({"mask": np.ones((1, 5))}, TypeError, "mask must be bool"),
+            ({"bias": np.ones((1, 5), bool)}, TypeError, "bias must be"),
+            ({"window": (-1, 0)}, ValueError, "window must be whole"),
+            ({"window": 3}, TypeError, "window must be a pair"),
+            ({"window": ([], 0)}, TypeError, "window must be ints"),
+            ({"softcap": 0}, ValueError, "softcap must be above 0"),
+            ({"softcap": [1.0, 2.0]}, TypeError, "softcap must be a real"),
+            ({"alibi_slopes": np.ones(3)}, ValueError, "alibi_slopes must have shape"),
+            ({"sinks": np.ones(3)}, ValueError, "sinks must have shape"),
+            ({"score_mod": lambda score: score}, TypeError, "score_mod must take"),
+            ({"mask_mod": 3}, TypeError, "mask_mod must be a function"),
+            ({"precision": "low"}, ValueError, "precision must be"),
+            ({"out": np.ones((1, 1, 1, 9), np.float32)}, ValueError, "out must have the result"),
+            ({"out": np.ones((1, 1, 1, 8))}, TypeError, "out must have the result's dtype"),
+        ],
+    )
+    def test_what_has_no_meaning(self, keywords, error, message):
+        cache = KVCache(1, 1, 8, 5)
+        pages = PagedKVCache(3, 2, 1, 8)
+        rows = np.ones((5, 1, 8), np.float32)
+        cache.append(*[rows.swapaxes(0, 1)[None]] * 2)
+        pages.append([pages.add()], rows, rows, [0, 5])
+        with pytest.raises(error, match=message):
+            cache.attend(np.zeros((1, 1, 1, 8), np.float32), **keywords)
+        keywords = {name: x[0] if name == "out" else x for name, x in keywords.items()}
+        with pytest.raises(error, match=message):
+            pages.attend(np.zeros((1, 1, 8), np.float32), [0], **keywords)
+
+
+class TestSharedPrefix:
+    """Sequences that share pages: bits are those of sequences that do not."""
+
+    @pytest.mark.parametrize("dtype", STORAGES, ids=str)
+    @pytest.mark.parametrize("page_size", [64, 48, 1024])
+    @pytest.mark.parametrize("name", ["plain", "everything"])
+    def test_bits(self, dtype, page_size, name, rng):
+        prefix, own, queries = 2 * CHUNK + 300, [1, 40, CHUNK, 7], [1, 3, 1, 20]
+        shape = (page_size, KV_HEADS, HEAD_DIM)
+        shared = PagedKVCache(12000 // page_size, *shape, head_dim_v=HEAD_DIM_V, dtype=dtype)
+        copied = PagedKVCache(12000 // page_size, *shape, head_dim_v=HEAD_DIM_V, dtype=dtype)
+        rows = tokens(rng, prefix, KV_HEADS)
+        prompt = shared.add()
+        shared.append([prompt], *rows, [0, prefix])
+        ids = [shared.add(share=prompt) for _ in own]
+        others = [copied.add() for _ in own]
+        copied.append(others, *(np.tile(x, (4, 1, 1)) for x in rows), np.arange(5) * prefix)
+        rows = tokens(rng, sum(own), KV_HEADS)
+        for cache, names in ((shared, ids), (copied, others)):
+            cache.append(names, *rows, np.cumsum([0, *own]))
+        query = rng.standard_normal((sum(queries), HEADS, HEAD_DIM), dtype=np.float32)
+        if dtype.itemsize == 2:
+            query = query.astype(dtype)
+        starts = np.cumsum([0, *queries])
+        keywords = {}
+        if name != "plain":
+            keywords = keywords_for(rng, 4, sum(queries), prefix + CHUNK)[name]
+        ours = shared.attend(query, ids, starts, return_lse=True, **keywords)
+        expected = copied.attend(query, others, starts, return_lse=True, **keywords)
+        for mine, theirs in zip(ours, expected, strict=True):
+            assert_same_bits(mine, theirs)
+
+    def test_work(self, rng):
+        # Sixteen kv heads, so that no core is short of work.
+        cache = PagedKVCache(80, 64, 16, 8)
+        prompt = cache.add()
+        cache.append([prompt], *tokens(rng, 700, 16, head_dim=8, head_dim_v=8), [0, 700])
+        ids = [cache.add(share=prompt) for _ in range(3)] + [cache.add()]
+        cache.append(ids, *tokens(rng, 4 * 400, 16, head_dim=8, head_dim_v=8), np.arange(5) * 400)
+        planned = []
+        with pytest.MonkeyPatch.context() as patch:
+            real = plan.plan_chunks
+            patch.setattr(
+                "fastattn.run.plan_chunks",
+                lambda *arguments: planned.append(real(*arguments)) or planned[-1],
+            )
+            cache.attend(np.zeros((4, 16, 8), np.float32), ids)
+        (found,) = planned
+        together = [
+            (chunk, *found.members[first:last, 0].tolist())
+            for chunk, first, last in found.work.tolist()
+        ]
+        # Of the 512 keys of chunk 1, 188 are the prompt's.
+        own = [(chunk, sequence) for chunk in (1, 2) for sequence in range(3)]
+        assert sorted(together) == [(0, 0, 1, 2), (0, 3), *own]
+
+
+def unchanged_pages(cache):
+    """Return all that a cache of pages holds, as bytes."""
+    held = [x.tobytes() for x in cache._storage.arrays]
+    return held, repr(cache._lengths), repr(cache._free), repr(cache._users)
 
 
 class TestKVCache:
@@ -516,8 +780,11 @@ class TestPagedKVCache:
             cache.append([known], *(np.repeat(x, 2, 0) for x in (key, value)))
         with pytest.raises(ValueError, match="query must have shape"):
             cache.attend(query[0], [known])
-        with pytest.raises(TypeError, match="unexpected keyword"):
-            cache.attend(query, [known], mask=True)
+        for name in ("kv_lengths", "layout", "block_mask"):
+            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': "):
+                cache.attend(query, [known], **{name: "any"})
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'dropout'$"):
+            cache.attend(query, [known], dropout=0)
         assert cache.lengths([known]).tolist() == [1]
         assert cache.pages_free == 3
 
@@ -531,13 +798,21 @@ class TestPagedKVCache:
             cache.attend(np.zeros((1, HEADS, HEAD_DIM), np.float32), [known])
 
 
+# Keywords that leave every query a key.
+MANY_WAYS = ({}, {"causal": True}, {"softcap": 2.0, "causal": True}, {"window": (3, 0)})
+
+
 class KVCacheMachine(RuleBasedStateMachine):
     """Any sequence of calls leaves what the plain lists beside it hold."""
 
-    @initialize(dtype=st.sampled_from(STORAGES), seed=st.integers(0, 99))
-    def start(self, dtype, seed):
+    @initialize(
+        dtype=st.sampled_from(STORAGES),
+        window=st.sampled_from([None, 5]),
+        seed=st.integers(0, 99),
+    )
+    def start(self, dtype, window, seed):
         self.rng = np.random.default_rng(seed)
-        self.cache = KVCache(3, 1, 16, 8, dtype=dtype, grow=True)
+        self.cache = KVCache(3, 1, 16, 8, dtype=dtype, grow=True, window=window)
         self.kept = [np.zeros((0, 16), np.float32)] * 3
 
     @rule(tokens=st.integers(0, 40), data=st.data())
@@ -549,12 +824,36 @@ class KVCacheMachine(RuleBasedStateMachine):
             np.concatenate([old, new[0, :n]])
             for old, new, n in zip(self.kept, rows, lengths, strict=True)
         ]
+        self.forget()
+
+    def forget(self):
+        """Drop what a cache with a window may drop: what no query will see."""
+        lengths = self.cache.lengths.tolist()
+        for rows, n in zip(self.kept, lengths, strict=True):
+            assert n == len(rows) or n >= min(len(rows), self.cache.window)
+        self.kept = [rows[len(rows) - n :] for rows, n in zip(self.kept, lengths, strict=True)]
 
     @rule(tokens=st.integers(1, 3))
     def append_all(self, tokens):
         rows = self.rng.standard_normal((3, 1, tokens, 16), dtype=np.float32)
         self.cache.append(rows, rows)
         self.kept = [np.concatenate([a, b[0]]) for a, b in zip(self.kept, rows, strict=True)]
+        self.forget()
+
+    @rule()
+    def errors_change_nothing(self):
+        before, positions = unchanged(self.cache), self.cache.positions.tolist()
+        rows = np.zeros((3, 1, 2, 16), np.float32)
+        for call in (
+            lambda: self.cache.append(rows, rows[:, :, :1]),
+            lambda: self.cache.append(rows, rows, [1, 3, 1]),
+            lambda: self.cache.truncate(np.add(self.cache.lengths, [0, 1, 0])),
+            lambda: self.cache.reorder([0, 1, 3]),
+            lambda: self.cache.attend(rows, scale=np.nan),
+        ):
+            with pytest.raises(ValueError, match="must"):
+                call()
+        assert (unchanged(self.cache), self.cache.positions.tolist()) == (before, positions)
 
     @rule(data=st.data())
     def truncate(self, data):
@@ -579,9 +878,11 @@ class KVCacheMachine(RuleBasedStateMachine):
             return
         assert self.cache.lengths.tolist() == [len(x) for x in self.kept]
         query = self.rng.standard_normal((3, 2, 1, 16), dtype=np.float32)
-        output = self.cache.attend(query)
+        keywords = MANY_WAYS[self.rng.integers(len(MANY_WAYS))]
+        output = self.cache.attend(query, **keywords)
         for mine, q, rows in zip(output, query, self.kept, strict=True):
-            expected = fastattn.reference.attention(q, rows[None], rows[None])
+            seen = rows if self.cache.window is None else rows[-self.cache.window :]
+            expected = fastattn.reference.attention(q, seen[None], seen[None], **keywords)
             assert_close(mine, expected, self.cache.dtype, times=2)
 
 
@@ -595,7 +896,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
     )
     def start(self, dtype, page_size, seed):
         self.rng = np.random.default_rng(seed)
-        self.cache = PagedKVCache(24, page_size, 1, 16, dtype=dtype)
+        self.cache = PagedKVCache(30, page_size, 1, 16, dtype=dtype)
         self.kept = {}
 
     @rule()
@@ -619,7 +920,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def append(self, data):
         ids = data.draw(st.lists(st.sampled_from(sorted(self.kept)), unique=True))
-        counts = [data.draw(st.integers(0, 9)) for _ in ids]
+        counts = [data.draw(st.integers(0, 9) | st.just(CHUNK + 20)) for _ in ids]
         rows = self.rng.standard_normal((sum(counts), 1, 16), dtype=np.float32)
         starts = np.cumsum([0, *counts])
         if self.pages_needed(ids, counts) > self.cache.pages_free:
@@ -638,9 +939,11 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
         ids = sorted(self.kept)
         assert self.cache.lengths(ids).tolist() == [len(self.kept[each]) for each in ids]
         query = self.rng.standard_normal((len(ids), 2, 16), dtype=np.float32)
-        for mine, q, each in zip(self.cache.attend(query, ids), query, ids, strict=True):
+        keywords = MANY_WAYS[self.rng.integers(len(MANY_WAYS))]
+        output = self.cache.attend(query, ids, **keywords)
+        for mine, q, each in zip(output, query, ids, strict=True):
             rows = self.kept[each][None]
-            expected = fastattn.reference.attention(q[:, None], rows, rows)[:, 0]
+            expected = fastattn.reference.attention(q[:, None], rows, rows, **keywords)[:, 0]
             assert_close(mine, expected, self.cache.dtype, times=2)
 
     def pages_needed(self, ids, counts):
@@ -656,12 +959,32 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
                 users[last] -= users[last] > 1
         return needed
 
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def errors_change_nothing(self, data):
+        each = data.draw(st.sampled_from(sorted(self.kept)))
+        before, tables = unchanged_pages(self.cache), repr(self.cache._tables)
+        rows = np.zeros((40 * self.cache.page_size, 1, 16), np.float32)
+        for call in (
+            lambda: self.cache.append([each], rows, rows, [0, len(rows)]),
+            lambda: self.cache.append([each, each], rows[:2], rows[:2]),
+            lambda: self.cache.append([each], rows[:2], rows[:1], [0, 2]),
+            lambda: self.cache.append([each], rows[:2], rows[:2], [0, 1]),
+            lambda: self.cache.attend(rows[:1], [each], scale=np.inf),
+            lambda: self.cache.free(each + 1000),
+        ):
+            with pytest.raises(ValueError, match="must"):
+                call()
+        assert (unchanged_pages(self.cache), repr(self.cache._tables)) == (before, tables)
+
     @invariant()
     def counts_its_pages(self):
         if not hasattr(self, "cache"):
             return
-        used = {page for table in self.cache._tables.values() for page in table}
-        assert len(used) == 24 - self.cache.pages_free
+        users = Counter(page for table in self.cache._tables.values() for page in table)
+        assert [users[page] for page in range(30)] == self.cache._users
+        used = set(users)
+        assert len(used) == 30 - self.cache.pages_free
         assert not used & set(self.cache._free)
 
 

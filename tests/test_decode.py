@@ -258,5 +258,5 @@ def test_memory_does_not_hold_scores():
     x = np.zeros((1, 1, keys, 16), np.float32)
     nothing = dict.fromkeys(("mask", "bias", "query_offset", "kv_lengths", "scale", "out"))
     problem = check(x[..., :1, :], x, x, causal=False, layout="bhld", return_lse=False, **nothing)
-    _, room = _with_states(problem.record, problem.frame, problem.format)
+    _, room = _with_states(problem, problem.record, keys // CHUNK, heads=1, rows=1)
     assert sum(each.nbytes for each in room) <= keys // CHUNK * 18 * 4 + 8

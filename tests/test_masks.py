@@ -257,7 +257,9 @@ class TestFingerprint:
         assert fingerprint(_calls_another) != before
 
     @pytest.mark.parametrize(
-        "held", [object(), sys, fastattn, fastattn.attention.__class__, {}, [1]], ids=str
+        "held",
+        [object(), sys, fastattn, fastattn.attention.__class__, {}, [1]],
+        ids=lambda held: type(held).__name__,
     )
     def test_what_has_none(self, held):
         assert fingerprint(self.closure(held)) is None

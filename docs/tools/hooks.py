@@ -1,12 +1,13 @@
 """What the site takes from elsewhere, so that each thing is written in one place.
 
 Pages of the repository keep their paths, and with them the links between them. Pictures are drawn
-by the code that stands beside them, and measurements come from the runs that were saved.
+by the code that stands beside them, or from the runs that were saved, as are the tables.
 """
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from mkdocs.structure.files import File, Files
 sys.path.insert(0, str(Path(__file__).parent))
 
 from blocks import run
-from measured import tables
+from measured import complete, tables
 
 _ROOT = Path(__file__).parents[2]
 _REPOSITORY = ("CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md", "kernels/README.md")
@@ -32,6 +33,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, abs_src_path=str(_ROOT / name)))
     with TemporaryDirectory() as folder, contextlib.chdir(folder):
         run(Path(config.docs_dir, _GALLERY))
+        # In a process of its own: the bench decides about the threads of the process that it is in.
+        report = [sys.executable, "-m", "bench.report", complete(), folder]
+        subprocess.run(report, cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
         for picture in sorted(Path(folder).glob("*.png")):
             files.append(File.generated(config, picture.name, content=picture.read_bytes()))
     return files

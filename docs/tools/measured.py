@@ -1,4 +1,4 @@
-"""What was measured: the newest run of every machine that the repository keeps, as Markdown.
+"""What was measured: of every machine the run that says most, as Markdown.
 
 `python docs/tools/measured.py` prints it.
 """
@@ -14,22 +14,33 @@ from fastattn.bench.saved import Run, described, history
 _HISTORY = Path(__file__).parents[2] / "bench" / "history"
 
 
+def complete() -> Path:
+    """Return the file of the newest run of everything, which memory by length is the end of."""
+    runs = [run for run in history(_HISTORY) if any("growth" in row for row in run.results)]
+    return _HISTORY / runs[-1].file_name
+
+
 def tables() -> str:
-    """Return a table for each machine."""
-    newest = {described(run.machine): run for run in history(_HISTORY)}
-    return "\n".join(_of(run, machine) for machine, run in newest.items())
+    """Return a table for each machine: of the run with most cases that had the cores alone."""
+    machines: dict[str, list[Run]] = {}
+    for run in reversed(history(_HISTORY)):  # of equals, the newest
+        machines.setdefault(described(run.machine), []).append(run)
+    return "\n".join(_of(max(runs, key=_quiet), machine) for machine, runs in machines.items())
+
+
+def _quiet(run: Run) -> int:
+    return len(run.speeds) - len(table.disturbed(run.speeds.values()))
 
 
 def _of(run: Run, machine: str) -> str:
     """Return when and with what a run was measured, and the cases that had the cores alone."""
-    is_quiet = {case: row["cores"] >= table.QUIET_CORES for case, row in run.speeds.items()}
-    disturbed = [case for case, quiet in is_quiet.items() if not quiet]
+    disturbed = table.disturbed(run.speeds.values())
     lines = [
         f"## {machine}",
         "",
         f"{run.date[:10]}: " + ", ".join(" ".join(each) for each in run.versions.items()),
         "",
-        table.markdown(row for case, row in run.speeds.items() if is_quiet[case]),
+        table.markdown(row for case, row in run.speeds.items() if case not in disturbed),
         "",
     ]
     if disturbed:

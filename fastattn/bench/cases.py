@@ -160,7 +160,10 @@ class Inputs:
     def bytes_moved(self) -> float:
         """The bytes that have to be read or written at least: those of inputs and output."""
         rows = self.query.nbytes // self.query.shape[-1]
-        return self.bytes_read + rows * (self.query.shape[-1] + self.value.shape[-1])
+        moved = self.bytes_read + rows * (self.query.shape[-1] + self.value.shape[-1])
+        if not self.keywords:
+            moved += sum(each.nbytes for each in (self.mask, self.bias) if each is not None)
+        return moved
 
     @property
     def _stored(self) -> tuple[np.ndarray, np.ndarray]:
@@ -258,6 +261,16 @@ _VARIANTS: dict[str | None, Callable[[Inputs], Inputs]] = {
 _HALF = Goal(peer=1.15, plain=1 / 0.9)
 
 
+def _by_length() -> tuple[Case, ...]:
+    """One shape but for its length, in every type; 1024 are among the others."""
+    cases = [
+        Case("T14", (1, 8, seqlen, 64), dtype=dtype)
+        for dtype in ("float32", "float64", "float16", "bfloat16")
+        for seqlen in (128, 256, 512, 2048)
+    ]
+    return (*cases, Case("T14", (1, 8, 4096, 64)))
+
+
 def _decode(batch: int) -> tuple[Case, ...]:
     """One query for each head against a long cache, in every format that it can be kept in."""
     cases = []
@@ -315,4 +328,5 @@ CASES: tuple[Case, ...] = (
     Case("T14", (1, 32, 512, 128), num_kv_heads=8, causal=True),
     Case("T14", (1, 2, 1024, 256)),
     Case("T14", (1, 8, 1024, 64), dtype="bfloat16"),
+    *_by_length(),
 )

@@ -1,9 +1,11 @@
 """What has changed between two runs, and with what doubt.
 
 Times of different hours do not compare: a shared machine is a tenth slower at noon. So each round
-divides fastattn's time by that of a yardstick in the same round, the median over the rounds is
-the level of a case, and two runs are compared by their levels. Rounds in which somebody else used
-the cores are left out.
+divides fastattn's time by that of a yardstick in the same round, and runs are compared by the
+medians of these over the rounds. Rounds in which somebody else used the cores are left out.
+
+What else shares the machine may still slow fastattn and the yardstick differently. A comparison
+to build on takes both versions in turns (`turns.py`), as the gate does.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ _FEWEST_ROUNDS = 3
 _RESAMPLES = 2000
 _CONFIDENCE = 95  # percent
 
-# By how much two processes of the same code differ, whatever their rounds say: where their memory
-# lies is luck. A standard deviation, in logarithms: two processes of one version, in turns on
-# Emerald Rapids, were up to 5% apart, mostly within 2%.
+# By how much processes of the same code differ, whatever their rounds say: where their memory lies
+# is luck. A standard deviation, in logarithms, from a hundred pairs of processes that took turns
+# (0.031 between the two of a pair, on a shared machine).
 PROCESS_SPREAD = 0.02
 
 
@@ -68,18 +70,19 @@ def changes(old: Run, new: Run) -> list[Change]:
 
 def change(old: Row, new: Row) -> Change:
     """Compare the results of a case."""
+    levels, could_be = [], []
+    # The same numbers for every case and call: what is compared twice gives the same twice.
     rng = np.random.default_rng(0)
-    levels, spread = [], []
     for row in (old, new):
         rounds = quiet_rounds(row)
         if len(rounds) < _FEWEST_ROUNDS:
             return Change(old["case"], math.nan, 0.0, math.inf)
         resampled = np.median(rng.choice(rounds, (_RESAMPLES, len(rounds))), axis=1)
-        levels.append(np.median(rounds))
-        spread.append(resampled + rng.normal(0.0, PROCESS_SPREAD, _RESAMPLES))
+        levels.append(float(np.median(rounds)))
+        could_be.append(resampled + rng.normal(0.0, PROCESS_SPREAD, _RESAMPLES))
     tail = (100 - _CONFIDENCE) / 2
-    low, high = np.percentile(spread[0] - spread[1], [tail, 100 - tail])
-    return Change(old["case"], *map(float, np.exp([levels[0] - levels[1], low, high])))
+    low, high = np.percentile(could_be[0] - could_be[1], [tail, 100 - tail])
+    return Change(old["case"], *map(math.exp, (levels[0] - levels[1], low, high)))
 
 
 def quiet_rounds(row: Row) -> np.ndarray:

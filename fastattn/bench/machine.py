@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -42,8 +43,13 @@ def settings(threads: int) -> dict[str, str]:
 def limit_threads() -> None:
     """Hold this process, whatever it imports later, and its children to THREADS threads."""
     os.environ.update(settings(THREADS))
+    tie_to(cpus())
+
+
+def tie_to(these: Iterable[int]) -> None:
+    """Hold the calling thread, and those that it will start, to some CPUs, where a system can."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cpus())
+        os.sched_setaffinity(0, these)
 
 
 def available_bytes() -> float:

@@ -23,6 +23,9 @@ from .providers import FASTATTN, NAIVE, PEERS, installed_version
 
 FORMAT = 1
 
+# The folder of the package.
+SOURCE = Path(fastattn.__file__).parent
+
 # What a file must hold, and of what types.
 _FIELDS: dict[str, tuple[type, ...]] = {
     "date": (str,),
@@ -30,6 +33,23 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "machine": (dict,),
     "versions": (dict,),
     "results": (list,),
+}
+
+# The same of a result that compares speeds.
+_ROW_FIELDS: dict[str, tuple[type, ...]] = {
+    "target": (str,),
+    "case": (str,),
+    "dtype": (str,),
+    "is_small": (bool,),
+    "flops": (int, float),
+    "cores": (int, float),
+    "seconds": (dict,),
+    "spread": (dict,),
+    "samples": (dict,),
+    "yardstick": (str,),
+    "speed_over": (dict,),
+    "peak_share": (dict,),
+    "best_peer": (str,),
 }
 
 # What a machine must have in common with another one to compare with it, besides the threads.
@@ -100,9 +120,7 @@ class Run:
             raise ValueError(
                 f"{path}: must be of format {FORMAT}: measure it anew with this version"
             )
-        for name, kinds in _FIELDS.items():
-            if not isinstance(saved.get(name), kinds):
-                raise ValueError(f"{path}: {name} is missing or of another type than it should be")
+        _check_fields(str(path), saved, _FIELDS)
         for name in (*_CPU, "threads"):
             if name not in saved["machine"]:
                 raise ValueError(f"{path}: machine must have an entry {name}")
@@ -167,21 +185,27 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def git(*arguments: str) -> str:
+    """Return what git says about the folder of the package."""
+    command = ["git", "-C", str(SOURCE), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def _commit() -> str | None:
     """Return the commit of the code in use, None where it is not kept by git."""
-
-    def git(*arguments: str) -> str:
-        source = Path(fastattn.__file__)
-        command = ["git", "-C", str(source.parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
     try:
         # A virtual environment may lie in a repository, which is another one.
-        git("ls-files", "--error-unmatch", Path(fastattn.__file__).name)
+        git("ls-files", "--error-unmatch", "__init__.py")
         changed = git("status", "--porcelain", "--untracked-files=no", ":/*.py")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _check_fields(name: str, saved: Row, fields: dict[str, tuple[type, ...]]) -> None:
+    for field, kinds in fields.items():
+        if not isinstance(saved.get(field), kinds):
+            raise ValueError(f"{name}: {field} is missing or of another type than it should be")
 
 
 def _check_row(name: str, row: Any) -> None:
@@ -189,9 +213,7 @@ def _check_row(name: str, row: Any) -> None:
         raise ValueError(f"{name} must be an object: got {row!r}")
     if not timed([row]):
         return
-    for field, kind in (("case", str), ("yardstick", str), ("samples", dict)):
-        if not isinstance(row.get(field), kind):
-            raise ValueError(f"{name}: {field} is missing or of another type than it should be")
+    _check_fields(name, row, _ROW_FIELDS)
     for who in ("fastattn", row["yardstick"]):
         if who not in row["samples"]:
             raise ValueError(f"{name}: samples must hold those of {who}")

@@ -73,10 +73,15 @@ def _speed_table(rows: Iterable[Row]) -> list[str]:
 
 
 def _busy(rows: Iterable[Row]) -> list[str]:
-    busy = [row["case"] for row in rows if row["cores"] < QUIET_CORES]
+    busy = disturbed(rows)
     if not busy:
         return []
     return ["Measured while something else was using the cores, so not to be quoted", *busy]
+
+
+def disturbed(rows: Iterable[Row]) -> list[str]:
+    """Return the cases that were measured while something else was using the cores."""
+    return [row["case"] for row in rows if row["cores"] < QUIET_CORES]
 
 
 def _goals_missed(rows: Iterable[Row]) -> list[str]:
@@ -126,16 +131,24 @@ def _figures(rows: Iterable[Row]) -> list[str]:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """Return the README's table: times, the share of the peak, and the speed over everybody."""
-    head = ["", "time", "of peak", *(f"over {each}" for each in RIVALS)]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    lines += [
+    """Return the README's table."""
+    head, *lines = cells(rows)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+
+
+def cells(rows: Iterable[Row]) -> list[list[str]]:
+    """Return times, the shares of what limits them, and the speed over everybody, with a head."""
+    speeds = timed(rows)
+    reads = any(row.get("reading_share") for row in speeds)
+    head = ["", "time", "of peak", *["of reading"] * reads, *(f"over {each}" for each in RIVALS)]
+    return [head] + [
         [
             row["case"],
             duration(row["seconds"][FASTATTN.name]),
             _percent(row["peak_share"].get(FASTATTN.name)) or "-",
+            *[_percent(row.get("reading_share")) or "-"] * reads,
             *(_ratio(row["speed_over"].get(each)) or "-" for each in RIVALS),
         ]
-        for row in timed(rows)
+        for row in speeds
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -499,8 +499,12 @@ def _plain_record(
     fields["position"] = position
     fields["left"], fields["right"] = bounds
     scale, softcap = scaling
-    # tanh takes the score over the softcap: one factor, one rounding.
-    fields["scale"] = scale / softcap if softcap else scale
+    # tanh takes the score over the softcap: one factor, one rounding. It stays finite in the type
+    # of the sums, so that a score of 0 stays 0: where the bound changes others, tanh is 1 or the
+    # softcap nearly 0.
+    largest = float(np.finfo(np.float64 if storage == FLOAT64 else np.float32).max)
+    factor = scale / softcap if softcap else scale
+    fields["scale"] = min(max(factor, -largest), largest)
     fields["softcap"] = softcap
     record.flags.writeable = False
     return record.view(np.int64)
@@ -594,7 +598,13 @@ def common_format(names: Sequence[str], arrays: Sequence[Array]) -> tuple[np.dty
             f"{', '.join(names)} must have a common dtype, float16 and bfloat16 have none: got "
             + ", ".join(str(x.dtype) for x in arrays)
         )
-    dtype = np.result_type(*arrays).newbyteorder("=")
+    try:
+        dtype = np.result_type(*arrays).newbyteorder("=")
+    except TypeError:
+        raise TypeError(
+            f"{', '.join(names)} must have a common dtype: got "
+            + ", ".join(str(x.dtype) for x in arrays)
+        ) from None
     if dtype.kind in "biu":
         dtype = _DOUBLE
     return dtype, known_format(dtype)

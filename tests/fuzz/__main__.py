@@ -1,0 +1,127 @@
+"""`python -m fuzz`: any number of programs of calls, in processes that may die.
+
+A seed is a program. A worker says which one it begins, and what became of it; if it dies or hangs,
+the seed that it was at is reported and the next worker goes on behind it. Run it in tests/:
+
+    python -m fuzz --programs 20000
+    python -m fuzz --seed 4711            # one of them again, in this process
+"""
+
+import argparse
+import json
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+SECONDS = 60  # in which a program ends that does not hang; a first one compiles
+
+
+def work(first: int, count: int) -> None:
+    """Run programs and print a line before and after each."""
+    from fuzz import calling, surface
+
+    warnings.simplefilter("error")
+    for seed in range(first, first + count):
+        dice = random.Random(seed)
+        name = surface.choose(dice)
+        say({"begins": seed, "name": name})
+        before = calling.made
+        try:
+            told = {"verdict": surface.PROGRAMS[name][0](dice)}
+        except Exception as error:
+            told = {"verdict": "wrong", "why": f"{type(error).__name__}: {error}"[:500]}
+        say({"ended": seed, "name": name, "calls": calling.made - before, **told})
+
+
+def say(line: dict[str, object]) -> None:
+    """Print a line at once."""
+    print(json.dumps(line), flush=True)
+
+
+def forward(stream, lines) -> None:
+    """Put the lines of a stream into a queue, whose `get` can lose patience; "" is the end."""
+    for line in stream:
+        lines.put(line)
+    lines.put("")
+
+
+def rounds(first: int, count: int, seconds: float, patience: float = SECONDS):
+    """Yield (seed, what became of it) of so many programs, or of as many as the time allows."""
+    end = time.monotonic() + seconds
+    while count > 0 and time.monotonic() < end:
+        worker = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-m", "fuzz", "--work", str(first), str(count)],
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=forward, args=(worker.stdout, lines), daemon=True).start()
+        begun, line = None, "..."
+        while time.monotonic() < end:
+            try:
+                line = lines.get(timeout=patience)
+            except queue.Empty:
+                break
+            if not line:
+                break
+            told = json.loads(line)
+            begun = told if "begins" in told else None
+            if begun is None:
+                first, count = told["ended"] + 1, count - 1
+                yield told["ended"], told
+        worker.kill()
+        status = worker.wait()
+        if time.monotonic() >= end or count == 0:
+            return
+        what = f"hung for {patience} seconds" if line else f"died with status {status}"
+        if begun is None:
+            raise RuntimeError(f"a worker {what} between two programs")
+        first, count = begun["begins"] + 1, count - 1
+        yield begun["begins"], {"name": begun["name"], "verdict": "crash", "calls": 1, "why": what}
+
+
+def main() -> int:
+    """Run what the command line asks for, and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__.partition("\n")[0])
+    parser.add_argument("--programs", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first one")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
+    parser.add_argument("--seed", type=int, help="run this one here, and show its error")
+    parser.add_argument("--work", type=int, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(*options.work)
+        return 0
+    if options.seed is not None:
+        from fuzz import surface
+
+        warnings.simplefilter("error")
+        dice = random.Random(options.seed)
+        name = surface.choose(dice)
+        print(name, surface.PROGRAMS[name][0](dice))
+        return 0
+    counts: Counter[tuple[str, str]] = Counter()
+    calls, last, bad = 0, options.first, 0
+    for last, told in rounds(options.first, options.programs, options.seconds):
+        counts[told["name"], told["verdict"]] += 1
+        calls += told["calls"]
+        if told["verdict"] in ("wrong", "crash"):
+            bad += 1
+            print(f"seed {last}: {told['name']}: {told['verdict']}: {told['why']}", flush=True)
+    print(f"\n{'':32}" + "".join(f"{each:>9}" for each in ("right", "refused", "wrong", "crash")))
+    for name in sorted({name for name, _ in counts}):
+        row = [counts[name, each] for each in ("right", "refused", "wrong", "crash")]
+        print(f"{name:32}" + "".join(f"{n:>9}" for n in row))
+    print(f"\n{calls} calls, seeds {options.first} to {last}, {bad} bad")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

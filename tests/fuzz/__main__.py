@@ -17,7 +17,9 @@ import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 SECONDS = 60  # in which a program ends that does not hang; a first one compiles
 
@@ -51,12 +53,21 @@ def forward(stream, lines) -> None:
     lines.put("")
 
 
-def rounds(first: int, count: int, seconds: float, patience: float = SECONDS):
+WORKER = (sys.executable, "-X", "faulthandler", "-m", "fuzz", "--work")
+
+
+def rounds(
+    first: int,
+    count: int,
+    seconds: float = 1e9,
+    patience: float = SECONDS,
+    worker_command: Sequence[str] = WORKER,
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (seed, what became of it) of so many programs, or of as many as the time allows."""
     end = time.monotonic() + seconds
     while count > 0 and time.monotonic() < end:
         worker = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "fuzz", "--work", str(first), str(count)],
+            [*worker_command, str(first), str(count)],
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             text=True,

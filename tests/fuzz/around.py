@@ -205,7 +205,7 @@ def rotary_table(dice: Random) -> str:
         arguments["scaling"] = dice.choice(scalings)
     faults = _table_faults() | {
         "dim": [0, 3, *COUNTS],
-        "scaling": ["x", 5, {"rope_type": "x"}, {"rope_type": "linear"}, {"factor": 2.0}, [("a", 1)],
+        "scaling": ["x", {"rope_type": "x"}, {"rope_type": "linear"}, {"factor": 2.0}, [("a", 1)],
                     {"rope_type": "linear", "factor": NAN}, {"rope_type": "linear", "factor": "x"},
                     {"rope_type": [], "factor": 2.0}, {"rope_type": "ntk", "factor": 0}],
     }  # fmt: skip

@@ -95,11 +95,13 @@ def in_memory(dice: Random, x: Any) -> Any:
     steps = [dice.choice([1, 1, 1, 2, 3]) for _ in order]
     first = [dice.choice([0, 0, 1, 5]) for _ in order]
     signs = [dice.choice([1, 1, 1, -1]) for _ in order]
-    held = [x.shape[axis] * step + start for axis, step, start in zip(order, steps, first)]
+    held = [
+        x.shape[axis] * step + start for axis, step, start in zip(order, steps, first, strict=True)
+    ]
     offset = dice.choice([0, 0, 0, 1, x.itemsize])
     memory = np.zeros(int(np.prod(held)) * x.itemsize + offset, np.uint8)
     view = memory[offset:].view(x.dtype).reshape(held)
-    view = view[tuple(slice(start, None, step) for start, step in zip(first, steps))]
+    view = view[tuple(slice(start, None, step) for start, step in zip(first, steps, strict=True))]
     view = view[tuple(slice(None, None, sign) for sign in signs)]
     view = view.transpose(np.argsort(order)) if order else view
     view[...] = x
@@ -207,12 +209,13 @@ def attention(dice: Random, *, tame: bool = False) -> dict[str, Any]:
             (heads, kv_heads, kv_heads),
             (seqlen_q, seqlen_kv, seqlen_kv),
             (head_dim, head_dim, head_dim_v),
+            strict=True,
         )
     ]
     blhd = not one_head and chance(dice, 0.15)
     if blhd:
         call["layout"] = "blhd"
-    for name, (front, *back), dtype in zip(("query", "key", "value"), shapes, dtypes):
+    for name, (front, *back), dtype in zip(("query", "key", "value"), shapes, dtypes, strict=True):
         shape = (*front[:-1], back[0], front[-1], back[1]) if blhd else (*front, *back)
         call[name] = numbers(dice, shape, dtype, tame=tame)
 

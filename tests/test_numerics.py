@@ -166,6 +166,26 @@ class TestExtremeScores:
         result = fastattn.attention(*inputs, bias=bias, return_lse=True)
         assert_accurate(result, *inputs, mask=~padded)
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("seqlen_q", [1, 40])
+    def test_tiny_softcap(self, seqlen_q, dtype, rng):
+        """Scores over it leave the range of the type, but for one of 0: all weights are equal."""
+        query, key, value = make_inputs(rng, seqlen_q=seqlen_q, seqlen_kv=70, dtype=dtype)
+        query[:, :, 0] = 0
+        softcap = float(np.finfo(dtype).smallest_subnormal) * 8
+        output, lse = fastattn.attention(query, key, value, softcap=softcap, return_lse=True)
+        mean = value.mean(axis=-2, keepdims=True, dtype=np.float64)
+        np.testing.assert_allclose(output, np.broadcast_to(mean, output.shape), atol=1e-6)
+        np.testing.assert_allclose(lse, np.log(70), rtol=1e-6)
+
+    @pytest.mark.parametrize("scale", [1e39, -1e39])
+    def test_scale_beyond_the_type(self, scale, rng):
+        """A score of 0 is 0, however large the scale is."""
+        query, key, value = make_inputs(rng, seqlen_q=3, seqlen_kv=70)
+        output = fastattn.attention(0 * query, key, value, scale=scale)
+        mean = value.mean(axis=-2, keepdims=True, dtype=np.float64)
+        np.testing.assert_allclose(output, np.broadcast_to(mean, output.shape), atol=1e-6)
+
     @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
     def test_one_hot(self, dtype, rng):
         query, key, value = make_inputs(rng, seqlen_q=130, seqlen_kv=130, dtype=dtype)

@@ -7,6 +7,7 @@ takes some minutes. `python -m numerics exp float32` measures parts of it.
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from checks import FLOAT_DTYPES
@@ -94,7 +95,7 @@ def measure_extremes() -> None:
 PARTS = {
     "exp": measure_exp,
     "tanh": measure_tanh,
-    "grid": measure_grid,
+    **{str(dtype): partial(measure_grid, str(dtype)) for dtype in FLOAT_DTYPES},
     "extremes": measure_extremes,
 }
 

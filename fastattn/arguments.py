@@ -22,7 +22,7 @@ def check_int(name: str, n: Any, low: int | None = None) -> int:
     if low is not None and n < low:
         raise ValueError(f"{name} must be at least {low}: got {n}")
     if abs(int(n)) > UNBOUNDED:
-        raise ValueError(f"{name} must lie between {-UNBOUNDED} and {UNBOUNDED}: got {n:.3e}")
+        raise ValueError(f"{name} must lie between {-UNBOUNDED} and {UNBOUNDED}: got {n}")
     return int(n)
 
 

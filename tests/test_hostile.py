@@ -91,10 +91,10 @@ FAULTS = [off_by_little, nan_in_one_place, writes_to_the_key, takes_anything, ra
 def test_faults_are_noticed(fault, monkeypatch):
     monkeypatch.setattr(fastattn, "attention", fault)
     noticed = 0
-    for seed in range(40):
+    for seed in range(20):
         try:
             surface.PROGRAMS["attention"][0](random.Random(seed))
-        except (AssertionError, IndexError):
+        except Exception:
             noticed += 1
     assert noticed > 1
 
@@ -115,7 +115,7 @@ for seed in range(first, first + count):
 @pytest.mark.skipif(sys.platform == "win32", reason="a process that aborts has another status")
 def test_crashes_count():
     command = [sys.executable, "-c", DIES_AT_3_AND_HANGS_AT_5]
-    told = dict(runner.rounds(first=1, count=7, patience=2, worker_command=command))
+    told = dict(runner.rounds(first=1, count=7, patience=1, worker_command=command))
     assert [*told] == [*range(1, 8)]
     crashes = {seed: each["why"] for seed, each in told.items() if each["verdict"] == "crash"}
-    assert crashes == {3: "died with status -6", 5: "hung for 2 seconds"}
+    assert crashes == {3: "died with status -6", 5: "hung for 1 seconds"}

@@ -259,6 +259,17 @@ def test_other_numbers_of_queries(dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_padding_chooses_the_kernel(dtype, rng):
+    """For 9 to 16 rows of a kv head: alone, a sequence of one chunk goes through another kernel."""
+    q, k, v = make_inputs(rng, heads=4, kv_heads=2, seqlen_q=6, seqlen_kv=1300, dtype=dtype)
+    whole = fastattn.attention(q, k, v, kv_lengths=[1300, 70])
+    one = q[1], k[1, :, :70], v[1, :, :70]
+    alone = fastattn.attention(*one)
+    apart = np.abs(to_float64(alone) - to_float64(whole[1])).max()
+    assert apart <= rounding_bound(*one)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_merged_parts(dtype, rng):
     q, k, v = make_inputs(rng, seqlen_q=70, seqlen_kv=300, dtype=dtype)
     whole = fastattn.attention(q, k, v)

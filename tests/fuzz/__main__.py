@@ -18,6 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,6 @@ def say(line: dict[str, object]) -> None:
     print(json.dumps(line), flush=True)
 
 
-def forward(stream, lines) -> None:
-    """Put the lines of a stream into a queue, whose `get` can lose patience; "" is the end."""
-    for line in stream:
-        lines.put(line)
-    lines.put("")
-
-
 WORKER = (sys.executable, "-X", "faulthandler", "-m", "fuzz", "--work")
 
 
@@ -66,36 +60,47 @@ def rounds(
     """Yield (seed, what became of it) of so many programs, or of as many as the time allows."""
     end = time.monotonic() + seconds
     while count > 0 and time.monotonic() < end:
-        worker = subprocess.Popen(
+        begun = None
+        with subprocess.Popen(
             [*worker_command, str(first), str(count)],
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             text=True,
-        )
-        lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=forward, args=(worker.stdout, lines), daemon=True).start()
-        begun, line = None, "..."
-        while time.monotonic() < end:
-            try:
-                line = lines.get(timeout=patience)
-            except queue.Empty:
-                break
-            if not line:
-                break
-            told = json.loads(line)
-            begun = told if "begins" in told else None
-            if begun is None:
-                first, count = told["ended"] + 1, count - 1
-                yield told["ended"], told
-        worker.kill()
-        status = worker.wait()
-        if time.monotonic() >= end or count == 0:
+        ) as worker:
+            for line in lines_of(worker.stdout, min(patience, seconds)):
+                told = json.loads(line)
+                begun = told if "begins" in told else None
+                if begun is None:
+                    first, count = told["ended"] + 1, count - 1
+                    yield told["ended"], told
+                if time.monotonic() > end:
+                    break
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(timeout=1)  # its end is known a little later than that of its lines
+            hangs = worker.returncode is None
+            worker.kill()
+        if count == 0 or time.monotonic() > end:
             return
-        what = f"hung for {patience} seconds" if line else f"died with status {status}"
+        what = f"hung for {patience} seconds" if hangs else f"died with status {worker.returncode}"
         if begun is None:
             raise RuntimeError(f"a worker {what} between two programs")
         first, count = begun["begins"] + 1, count - 1
         yield begun["begins"], {"name": begun["name"], "verdict": "crash", "calls": 1, "why": what}
+
+
+def lines_of(stream: Any, patience: float) -> Iterator[str]:
+    """Yield the lines of a stream until its end, or until none has come for so many seconds."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    def forward() -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=forward, daemon=True).start()
+    with suppress(queue.Empty):
+        while line := lines.get(timeout=patience):
+            yield line
 
 
 def main() -> int:

@@ -4,13 +4,14 @@ The programs of calls are those of `fuzz`. Here hypothesis draws them, and makes
 fails; `python -m fuzz` in this folder draws any number, in processes that may die.
 """
 
+import itertools
 import random
 import sys
 
 import numpy as np
 import pytest
 from fuzz import __main__ as runner
-from fuzz import surface
+from fuzz import draw, functions, surface
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,15 @@ FUZZING = settings(
 @given(dice=st.randoms(use_true_random=False))
 def test_a_right_result_or_a_refusal(name, dice):
     surface.PROGRAMS[name][0](dice)
+
+
+@pytest.mark.parametrize("name", functions.FAULTS_OF_ATTENTION)
+def test_each_fault_is_refused(name):
+    """What the programs draw now and then, one by one, in two calls."""
+    for seed, fault in itertools.product((0, 3), functions.FAULTS_OF_ATTENTION[name]):
+        arguments = draw.attention(random.Random(seed), tame=True)
+        with pytest.raises((TypeError, ValueError), match=name):
+            fastattn.attention(**{**arguments, name: fault})
 
 
 def test_in_a_process_that_may_die():

@@ -45,6 +45,7 @@ FAULTS: dict[str, list[Any]] = {
     "mask_mod": [5, "f", draw.halve, lambda: True, print],
     "out": [5, [0.0], np.zeros((3, 977), np.float32), np.zeros((), np.float64)],
 }
+NO_STARTS: list[Any] = [5, "x", [], [[0, 1]], [0.0, 1.0], [0, 977], [1, 2], [0, -1, 3], 10**30]
 FAULTS_OF_ATTENTION: dict[str, list[Any]] = {
     **FAULTS,
     "mask": [np.ones((1, 1), int), np.ones((1, 977), bool), [0.0], "x", np.ones((1,) * 9, bool)],
@@ -122,7 +123,7 @@ def varlen_attention(dice: Random) -> str:
     arguments = {"cu_seqlens_q": np.concatenate([[0], np.cumsum(lengths[0])])}
     if chance(dice, 0.7):
         arguments["cu_seqlens_kv"] = np.concatenate([[0], np.cumsum(lengths[1])])
-    ends = [x[-1] for x in (*arguments.values(),)]
+    ends = [x[-1] for x in arguments.values()]
     if chance(dice, 0.3):
         arguments = {name: x.tolist() for name, x in arguments.items()}
     dtype, head_dim = dice.choice(FLOATS), dice.choice(draw.FEATURES)
@@ -136,22 +137,11 @@ def varlen_attention(dice: Random) -> str:
         arguments["score_mod"] = dice.choice(draw.SCORE_MODS)
     if chance(dice, 0.1) and sum(ends) < 100:
         arguments["mask_mod"] = draw.mask_mod(dice, 30, 40)
-    faults = {name: x for name, x in FAULTS.items() if name != "alibi_slopes"} | {
-        name: [
-            None,
-            5,
-            "x",
-            [],
-            [[0, 1]],
-            [0.0, 1.0],
-            [0, 977],
-            [1, int(ends[0])],
-            [0, -1, 3],
-            10**30,
-        ]
-        for name in ("cu_seqlens_q", "cu_seqlens_kv")
-    }
-    faults["cu_seqlens_kv"].remove(None)
+    faults = {**FAULTS, "cu_seqlens_q": [*NO_STARTS, None], "cu_seqlens_kv": [*NO_STARTS]}
+    if sequences > 1:
+        for name, end in (("cu_seqlens_q", ends[0]), ("cu_seqlens_kv", ends[-1])):
+            falling = [0, *range(int(end) + 1, int(end) + sequences), int(end)]
+            faults[name] += [falling, [0, -1, *[int(end)] * (sequences - 1)]]
     arguments, must = spoil(dice, arguments, faults)
     return_lse = chance(dice, 0.6)
     result = call(fastattn.varlen_attention, {**arguments, "return_lse": return_lse}, must)

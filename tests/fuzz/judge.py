@@ -85,6 +85,7 @@ class _Bounds:
     def __init__(self, q: Array, k: Array, v: Array, wide: Any, keywords: dict[str, Any]) -> None:
         limits = np.finfo(wide)
         self.unit, largest = float(limits.eps), float(limits.max)
+        self.room = largest / 4  # sums that stay below it do not overflow on the way
         self.smallest = float(limits.smallest_subnormal)
         self.negligible = SMALLEST_WEIGHT[wide.name]
         self.count = k.shape[-2]
@@ -129,8 +130,7 @@ class _Bounds:
         sink = np.where(np.isfinite(sink), sink, 0)
 
         # The row's largest errors, and whether anything in it is beyond the accumulation type.
-        room = largest / 4
-        beyond = (dots > room) | (scores > room) | (scores + added > room)
+        beyond = (dots > self.room) | (scores > self.room) | (scores + added > self.room)
         self.beyond = np.broadcast_to(beyond, self.visible.shape) | (scale > largest)
         self.overflows = (self.beyond & self.visible).any(axis=-1)
         seen = np.where(self.visible, self.of_scores, 0).max(axis=-1, initial=0)
@@ -147,10 +147,7 @@ class _Bounds:
         bound = bound + self.count * (self.negligible * highest + 128 * self.smallest)
         bound += float(limits.eps) * np.abs(np.where(np.isfinite(truth), truth, 0))
         bound += float(limits.smallest_subnormal)
-        unclear = self.overflows[..., None] | (
-            self.count * highest
-            > float(np.finfo(np.float32 if self.unit > 1e-10 else float).max) / 4
-        )
+        unclear = self.overflows[..., None] | (self.count * highest > self.room)
         # An infinity of a weight that may be 0 as well gives NaN or Inf.
         nonfinite = (~np.isfinite(self.value)).astype(np.float64)
         doubtful = (

@@ -40,12 +40,17 @@ class Error(NamedTuple):
     @property
     def ratio(self) -> float:
         """Our error over the textbook's; both have a rounding of the result in them."""
-        return self.own / max(self.textbook, self.one_rounding / 2)
+        return _over(self.own, max(self.textbook, self.one_rounding / 2))
 
     @property
     def share(self) -> float:
         """How much of what it may be the error is: twice the textbook's and one rounding."""
-        return self.own / (2 * self.textbook + self.one_rounding)
+        return _over(self.own, 2 * self.textbook + self.one_rounding)
+
+
+def _over(error: float, other: float) -> float:
+    """Return a quotient; two errors of 0 are none."""
+    return error / other if other else float(np.inf if error else 0)
 
 
 def cases() -> Iterator[tuple[str, tuple[Any, Any, Any], dict[str, Any]]]:

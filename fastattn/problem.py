@@ -33,8 +33,10 @@ from fastattn.kernels.record import (
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
-# A bound that no position reaches, and far from overflow when positions are added to it.
+# The largest position and length, and how far a query sees that has no bound: beyond any position,
+# and far from overflow when one is added to it.
 UNBOUNDED = 1 << 48
+EVERYWHERE = 1 << 50
 
 
 class Format(NamedTuple):
@@ -768,7 +770,7 @@ def check_bounds(causal: bool | str, window: Any) -> tuple[int, int]:
             'causal must be a bool, "bottom_right" or "top_left": '
             f"got {causal!r} of type {type(causal).__name__}"
         )
-    left, right = (UNBOUNDED, UNBOUNDED) if window is None else check_window(window)
+    left, right = (EVERYWHERE, EVERYWHERE) if window is None else check_window(window)
     return left, 0 if causal else right
 
 
@@ -784,7 +786,7 @@ def check_window(window: Any) -> tuple[int, int]:
 
 def _window_bound(bound: Any) -> int:
     if bound is None:
-        return UNBOUNDED
+        return EVERYWHERE
     if isinstance(bound, bool | np.bool_) or not isinstance(
         bound, int | float | np.integer | np.floating
     ):
@@ -793,7 +795,7 @@ def _window_bound(bound: Any) -> int:
         raise ValueError(
             f"window must be whole numbers from 0, or None where it has no bound: got {bound}"
         )
-    return min(int(bound), UNBOUNDED)
+    return min(int(bound), EVERYWHERE)
 
 
 def check_position(

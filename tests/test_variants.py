@@ -319,6 +319,15 @@ class TestMaskMod:
             check(*inputs, mask_mod=functools.partial(holding, shift, np.array(table)))
 
 
+@pytest.mark.parametrize("offset", [2**48, -(2**48)])
+@pytest.mark.parametrize("seqlen_q", [3, 40])
+def test_farthest_positions(seqlen_q, offset, rng):
+    """Without causal and window every query sees every key, wherever it stands."""
+    query, key, value = make_inputs(rng, seqlen_q=seqlen_q, seqlen_kv=70)
+    far = fastattn.attention(query, key, value, query_offset=offset)
+    assert_same_bits(far, fastattn.attention(query, key, value))
+
+
 class TestBlockMask:
     @pytest.mark.parametrize(
         "block_size", [(32, 64), (128, 128), (64, 192), (13, 50), (1, 1), (5, 200)]

@@ -345,15 +345,15 @@ class _Pages:
         arguments, must = (
             spoil(dice, arguments, faults) if chance(dice, 0.3) else (arguments, RIGHT)
         )
-        key, value = (np.asarray(arguments[name]) for name in ("key", "value"))
-        size = self.cache.page_size
-        needed = sum(-(-n // size) + 2 for n in counts.tolist())
+        needed = sum(-(-n // self.cache.page_size) + 2 for n in counts.tolist())
         if must == RIGHT and needed > self.cache.pages_free:
             must = ""
-        if must == RIGHT and any(kept(x, self.cache.dtype) is None for x in (key, value)):
+        rows = [arguments[name] for name in ("key", "value")]
+        if must == RIGHT and any(kept(np.asarray(x), self.cache.dtype) is None for x in rows):
             must = REFUSED
         if call(self.cache.append, arguments, must) is REFUSED:
             return
+        key, value = (np.asarray(x) for x in rows)
         ids = np.asarray(arguments["ids"]).tolist()
         starts = (
             np.arange(len(ids) + 1) if arguments["cu_seqlens"] is None else arguments["cu_seqlens"]

@@ -166,8 +166,8 @@ def mask_mod(dice: Random, seqlen_q: int, seqlen_kv: int) -> Any:
 # ---------------------------------------------------------------------------
 
 
-def attention(dice: Random, *, tame: bool = False) -> dict[str, Any]:
-    """Return the arguments of a valid call of `attention`."""
+def attention(dice: Random, *, tame: bool = False, broadcasts: bool = True) -> dict[str, Any]:
+    """Return the arguments of a valid call of `attention`, batch axes that broadcast among them."""
     batch = tuple(dice.choice([1, 1, 2, 3]) for _ in range(dice.choice([0, 1, 1, 1, 2])))
     if chance(dice, 0.03) and batch:
         batch = (*batch[1:], 0)
@@ -205,7 +205,7 @@ def attention(dice: Random, *, tame: bool = False) -> dict[str, Any]:
     shapes = [
         (() if one_head else (*own, n), rows, features)
         for own, n, rows, features in zip(
-            (_part(dice, batch), _part(dice, batch), batch),
+            (*(_part(dice, batch) if broadcasts else batch for _ in range(2)), batch),
             (heads, kv_heads, kv_heads),
             (seqlen_q, seqlen_kv, seqlen_kv),
             (head_dim, head_dim, head_dim_v),

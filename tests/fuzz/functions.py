@@ -191,7 +191,7 @@ def _judge_packed(
 
 def attention_weights(dice: Random) -> str:
     """Run `attention_weights`."""
-    arguments = draw.attention(dice)
+    arguments = draw.attention(dice, broadcasts=False)
     del arguments["value"]
     arguments["stage"] = dice.choice(["scores", "softcapped", "biased", "probabilities"])
     rows = np.shape(arguments["query"])[-3 if arguments.get("layout") == "blhd" else -2]
@@ -200,6 +200,7 @@ def attention_weights(dice: Random) -> str:
             dice.randrange(rows),
             [0, rows - 1],
             np.arange(rows)[::2],
+            (0, rows - 1),
             slice(-3, 5),
             slice(None, None, -2),
         ]
@@ -230,7 +231,7 @@ def merge_states(dice: Random) -> str:
             name: np.stack([np.asarray(each) for each in x]) for name, x in arguments.items()
         }
     faults = {
-        "outputs": [None, [], 5, "x", [np.ones(977)] * parts, [*outputs, outputs[0]], [1j]],
+        "outputs": [None, [], 5, "x", [np.ones((977, 6))] * parts, [*outputs, outputs[0]], [1j]],
         "lses": [None, [], 5, "x", [np.ones(977)] * parts, [*lses, lses[0]], ["x"] * parts],
     }
     arguments, must = spoil(dice, arguments, faults)

@@ -64,7 +64,7 @@ def attention(
         elif q.ndim == k.ndim == v.ndim == 2:
             q, k, v, output, truth = (x[None] for x in (q, k, v, output, truth))
             truth_lse, lse = truth_lse[None], None if lse is None else lse[None]
-        bounds = _Bounds(q, k, v, wide, keywords)
+        bounds = _Bounds(q, k, v, wide, keywords, largest_step=127 if is_stored else 1)
         _near(output, truth, *bounds.of_output(truth, dtype), "output")
         if lse is not None:
             _near(lse, truth_lse, bounds.of_lse(truth_lse), bounds.overflows, "lse")
@@ -82,7 +82,15 @@ def _converted(keywords: dict[str, Any], wide: Any) -> tuple[dict[str, Any], str
 class _Bounds:
     """What the rows of one call may be off by."""
 
-    def __init__(self, q: Array, k: Array, v: Array, wide: Any, keywords: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        wide: Any,
+        keywords: dict[str, Any],
+        largest_step: int = 1,  # what int8 keys are multiplied with, before their scale
+    ) -> None:
         limits = np.finfo(wide)
         self.unit, largest = float(limits.eps), float(limits.max)
         self.room = largest / 4  # sums that stay below it do not overflow on the way
@@ -130,7 +138,9 @@ class _Bounds:
         sink = np.where(np.isfinite(sink), sink, 0)
 
         # The row's largest errors, and whether anything in it is beyond the accumulation type.
-        beyond = (dots > self.room) | (scores > self.room) | (scores + added > self.room)
+        beyond = (
+            (dots * largest_step > self.room) | (scores > self.room) | (scores + added > self.room)
+        )
         self.beyond = np.broadcast_to(beyond, self.visible.shape) | (scale > largest)
         self.overflows = (self.beyond & self.visible).any(axis=-1)
         seen = np.where(self.visible, self.of_scores, 0).max(axis=-1, initial=0)
@@ -190,6 +200,8 @@ def weights(result: Any, query: Any, key: Any, *, stage: str, rows: Any, **keywo
             q, k = np.swapaxes(q, -3, -2), np.swapaxes(k, -3, -2)
         elif q.ndim == k.ndim == 2:
             q, k = q[None], k[None]
+        if stage == "scores":
+            keywords.pop("softcap", None)
         bounds = _Bounds(q, k, k, wide, keywords)
         chosen = slice(None) if rows is None else rows
         off = 4 * bounds.of_scores[..., chosen, :]

@@ -5,9 +5,12 @@
 takes some minutes. `python -m numerics exp float32` measures parts of it.
 """
 
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 from checks import FLOAT_DTYPES
@@ -28,16 +31,20 @@ def bits(first: float, last: float, step: int = 1) -> Iterator[np.ndarray]:
         yield np.arange(start, stop, step, np.uint32).view(np.float32)
 
 
+def largest(function: Any, x: np.ndarray) -> tuple[float, float, float, int]:
+    """Return the largest error in ulp, infinity for NaN; where it is; the sum of all; how many."""
+    off = np.nan_to_num(ulps(function, x), nan=np.inf)
+    n = int(np.argmax(off))
+    return float(off[n]), float(x[n]), float(off.sum()), x.size
+
+
 def measure_exp() -> None:
     """Print the errors of exp."""
     lowest = float(np.log(smallest(np.float32)))
-    worst, at, total, count = 0.0, 0.0, 0.0, 0
-    for x in bits(-0.0, lowest):
-        off = ulps(exp, x)
-        n = int(np.argmax(off))  # a NaN is the largest
-        if not off[n] <= worst:
-            worst, at = float(off[n]), float(x[n])
-        total, count = total + float(off.sum()), count + x.size
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(partial(largest, exp), bits(-0.0, lowest)))
+    worst, at, *_ = max(found)
+    total, count = (sum(each[n] for each in found) for n in (2, 3))
     print(
         f"| exp, float32: every number from -0 to {lowest:.1f} | {count:,} "
         f"| {worst:.3f} ulp at {at:.6g}, {total / count:.3f} on average |"

@@ -116,6 +116,12 @@ def extremes(dtype: Any) -> Iterator[tuple[str, tuple[Any, Any, Any], dict[str, 
     for seqlen_kv in (1_000, 10_000, 100_000):
         for seqlen_q in (2, 20):  # for each kernel
             long = make_inputs(
-                rng, batch=(), heads=1, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, dtype=dtype
+                rng,
+                batch=(),
+                heads=1,
+                seqlen_q=seqlen_q,
+                seqlen_kv=seqlen_kv,
+                head_dim_v=OUTPUTS // seqlen_q,
+                dtype=dtype,
             )
             yield f"{seqlen_q} queries, {seqlen_kv:,} keys", long, {}

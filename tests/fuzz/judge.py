@@ -210,7 +210,9 @@ def weights(result: Any, query: Any, key: Any, *, stage: str, rows: Any, **keywo
         beyond = bounds.beyond.any(axis=-1, keepdims=True) | (bounds.of_scores > 1e30)
         unclear = np.broadcast_to(beyond, bounds.visible.shape)[..., chosen, :]
         unclear = unclear | (np.abs(truth) > float(limits.max) / 2)
-        bound = off + float(limits.eps) * np.abs(truth) + float(limits.smallest_subnormal)
+        # NumPy's float32 exp has no subnormal results.
+        bound = off + float(limits.eps) * np.abs(truth) + 2 * float(np.finfo(wide).tiny)
+        bound += float(limits.smallest_subnormal)
         _near(result, truth, bound.reshape(truth.shape), unclear.reshape(truth.shape), "weights")
 
 

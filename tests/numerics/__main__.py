@@ -2,7 +2,7 @@
 
     cd tests; python -m numerics > ../docs/tools/numerics.md
 
-takes some minutes. `python -m numerics exp float32` measures parts of it.
+`python -m numerics exp float32` measures parts of it.
 """
 
 import os

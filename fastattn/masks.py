@@ -63,10 +63,10 @@ class BlockMask:
         size, shape = _check_block_size(self.block_size), _check_shape(self.shape)
         expected = (*shape[:2], *(-(-n // rows) for n, rows in zip(shape[2:], size, strict=True)))
         given = as_array("states", self.states)
-        if given.dtype.kind not in "iu":
-            raise TypeError(f"states must be integers: got {given.dtype}")
         if given.shape != expected:
             raise ValueError(f"states must have shape {expected}: got {given.shape}")
+        if given.dtype.kind not in "iu":
+            raise TypeError(f"states must be integers: got {given.dtype}")
         check_range("states", given, HIDDEN, VISIBLE)
         states = np.array(given, np.int8, order="C")
         states.flags.writeable = False

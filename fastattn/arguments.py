@@ -33,10 +33,10 @@ def check_number(name: str, x: Any, above: float | None = None) -> float:
     try:
         number = float(x)
     except OverflowError:  # of an int with more digits than a float has room for
-        number = math.inf
+        x = number = math.inf
     if not math.isfinite(number) or (above is not None and number <= above):
         bound = "" if above is None else f" and greater than {above:g}"
-        raise ValueError(f"{name} must be finite{bound}: got {number}")
+        raise ValueError(f"{name} must be finite{bound}: got {x}")
     return number
 
 

@@ -550,6 +550,13 @@ class TestVarlen:
             assert_within(output[rows].swapaxes(0, 1), expected[0], dtype, bound)
             assert_within(lse[:, rows], expected[1], lse.dtype, of_lse)
 
+    def test_some_without_queries_beside_many(self, rng):
+        query, key, value = rng.standard_normal((3, 40, 2, 8), dtype=np.float32)
+        starts = [0, 0, 40, 40]
+        output = fastattn.varlen_attention(query, key, value, starts, starts)
+        alone = fastattn.attention(*(x.swapaxes(0, 1) for x in (query, key, value)))
+        assert_same_bits(output.swapaxes(0, 1), alone)
+
     @dtypes
     @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (8, 1)], ids=str)
     def test_every_keyword(self, heads, dtype, rng):

@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import runtime
 from fastattn.arguments import check_int
-from fastattn.kernels.record import BLOCKS, HIDDEN
+from fastattn.kernels.record import BLOCKS, HIDDEN, VISIBLE
 from fastattn.loading import loads
 from fastattn.plan import is_long
-from fastattn.problem import as_array, check_mod, check_window
+from fastattn.problem import as_array, check_mod, check_range, check_window
 
 Array = NDArray[Any]
 MaskMod = Callable[..., bool]
@@ -61,14 +61,19 @@ class BlockMask:
     mask_mod: MaskMod
 
     def __post_init__(self) -> None:
-        batch, heads, *lengths = self.shape
-        blocks = (-(-n // size) for n, size in zip(lengths, self.block_size, strict=True))
-        expected = (batch, heads, *blocks)
-        if np.shape(self.states) != expected:
-            raise ValueError(f"states must have shape {expected}: got {np.shape(self.states)}")
-        states = np.array(self.states, np.int8, order="C")
+        check_mod("mask_mod", self.mask_mod)
+        size, shape = _check_block_size(self.block_size), _check_shape(self.shape)
+        expected = (*shape[:2], *(-(-n // rows) for n, rows in zip(shape[2:], size, strict=True)))
+        given = as_array("states", self.states)
+        if given.shape != expected:
+            raise ValueError(f"states must have shape {expected}: got {given.shape}")
+        if given.dtype.kind not in "iu":
+            raise TypeError(f"states must be integers: got {given.dtype}")
+        check_range("states", given, HIDDEN, VISIBLE)
+        states = np.array(given, np.int8, order="C")
         states.flags.writeable = False
-        object.__setattr__(self, "states", states)
+        for name, checked in (("states", states), ("block_size", size), ("shape", shape)):
+            object.__setattr__(self, name, checked)
 
     @property
     def sparsity(self) -> float:
@@ -347,6 +352,13 @@ def _check_block_size(block_size: Any) -> tuple[int, int]:
         raise ValueError(f"block_size must be an int or a pair of ints: got {block_size!r}")
     block_q, block_kv = (check_int("block_size", size, 1) for size in sizes)
     return block_q, block_kv
+
+
+def _check_shape(shape: Any) -> tuple[int, int, int, int]:
+    if not isinstance(shape, tuple | list) or len(shape) != 4:
+        raise ValueError(f"shape must be (B, H, seqlen_q, seqlen_kv): got {shape!r}")
+    batch, heads, seqlen_q, seqlen_kv = (check_int("shape", n, 0) for n in shape)
+    return batch, heads, seqlen_q, seqlen_kv
 
 
 def _per_row(name: str, numbers: ArrayLike) -> Array:

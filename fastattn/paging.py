@@ -413,7 +413,7 @@ def _starts(name: str, numbers: ArrayLike | None, count: int, total: int) -> Arr
         return np.arange(count + 1)
     starts = check_integers(name, numbers, (count + 1,), 0, total)
     if (
-        np.ndim(numbers) != 1
+        np.shape(numbers) != starts.shape
         or starts[0] != 0
         or starts[-1] != total
         or (np.diff(starts) < 0).any()

@@ -82,10 +82,13 @@ def is_long(work: int, workers: int) -> bool:
 
 
 def are_few(frame: Frame, packed: Packed) -> Array:
-    """Return for which of packed sequences the decode kernel runs, by what is theirs alone."""
+    """Return for which of packed sequences the decode kernel runs, by what is theirs alone.
+
+    Not for those without queries, for which nothing does.
+    """
     rows = frame.num_heads // frame.num_kv_heads * packed.queries
-    one_chunk = packed.lengths <= CHUNK
-    few: Array = rows <= np.where(one_chunk, _MOST_ROWS_OF_ONE_CHUNK, _MOST_ROWS)
+    most = np.where(packed.lengths <= CHUNK, _MOST_ROWS_OF_ONE_CHUNK, _MOST_ROWS)
+    few: Array = (rows > 0) & (rows <= most)
     return few
 
 

@@ -34,8 +34,10 @@ from fastattn.loading import loads
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
-# A bound that no position reaches, and far from overflow when positions are added to it.
+# The largest position and length, and how far a query sees that has no bound: beyond any position,
+# and far from overflow when one is added to it.
 UNBOUNDED = 1 << 48
+EVERYWHERE = 1 << 50
 
 
 class Format(NamedTuple):
@@ -500,8 +502,12 @@ def _plain_record(
     fields["position"] = position
     fields["left"], fields["right"] = bounds
     scale, softcap = scaling
-    # tanh takes the score over the softcap: one factor, one rounding.
-    fields["scale"] = scale / softcap if softcap else scale
+    # tanh takes the score over the softcap: one factor, one rounding. It stays finite in the type
+    # of the sums, so that a score of 0 stays 0: where the bound changes others, tanh is 1 or the
+    # softcap nearly 0.
+    largest = float(np.finfo(np.float64 if storage == FLOAT64 else np.float32).max)
+    factor = scale / softcap if softcap else scale
+    fields["scale"] = min(max(factor, -largest), largest)
     fields["softcap"] = softcap
     record.flags.writeable = False
     return record.view(np.int64)
@@ -595,7 +601,13 @@ def common_format(names: Sequence[str], arrays: Sequence[Array]) -> tuple[np.dty
             f"{', '.join(names)} must have a common dtype, float16 and bfloat16 have none: got "
             + ", ".join(str(x.dtype) for x in arrays)
         )
-    dtype = np.result_type(*arrays).newbyteorder("=")
+    try:
+        dtype = np.result_type(*arrays).newbyteorder("=")
+    except TypeError:
+        raise TypeError(
+            f"{', '.join(names)} must have a common dtype: got "
+            + ", ".join(str(x.dtype) for x in arrays)
+        ) from None
     if dtype.kind in "biu":
         dtype = _DOUBLE
     return dtype, known_format(dtype)
@@ -759,7 +771,7 @@ def check_bounds(causal: bool | str, window: Any) -> tuple[int, int]:
             'causal must be a bool, "bottom_right" or "top_left": '
             f"got {causal!r} of type {type(causal).__name__}"
         )
-    left, right = (UNBOUNDED, UNBOUNDED) if window is None else check_window(window)
+    left, right = (EVERYWHERE, EVERYWHERE) if window is None else check_window(window)
     return left, 0 if causal else right
 
 
@@ -775,7 +787,7 @@ def check_window(window: Any) -> tuple[int, int]:
 
 def _window_bound(bound: Any) -> int:
     if bound is None:
-        return UNBOUNDED
+        return EVERYWHERE
     if isinstance(bound, bool | np.bool_) or not isinstance(
         bound, int | float | np.integer | np.floating
     ):
@@ -784,7 +796,7 @@ def _window_bound(bound: Any) -> int:
         raise ValueError(
             f"window must be whole numbers from 0, or None where it has no bound: got {bound}"
         )
-    return min(int(bound), UNBOUNDED)
+    return min(int(bound), EVERYWHERE)
 
 
 def check_position(

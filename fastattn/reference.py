@@ -282,7 +282,9 @@ def attention_weights(
     (batch, num_heads, seqlen_q, seqlen_kv), in `result_dtype` of query and key
     """
     (q, k), dtype = _operands(query, key, layout=layout)
-    chosen = np.arange(q.shape[-2])[slice(None) if rows is None else rows]
+    chosen = np.arange(q.shape[-2])
+    if rows is not None:  # a tuple is as many rows, and not an index for as many axes
+        chosen = chosen[rows if isinstance(rows, slice) else np.asarray(rows)]
     steps = _steps(
         q,
         k,

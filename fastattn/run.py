@@ -121,10 +121,11 @@ def run_packed(problem: Problem) -> None:
     if problem.out.size == 0 and problem.lse.size == 0:
         return
     few = are_few(frame, packed)
+    many = ~few & (packed.queries > 0)
     if few.any():
         _run_few(problem, packed, few)
-    if not few.all():
-        _run_many(problem, packed, ~few)
+    if many.any():
+        _run_many(problem, packed, many)
 
 
 def _run_few(problem: Problem, packed: Packed, chosen: Array) -> None:

@@ -110,7 +110,8 @@ def quantise(name: str, x: Array) -> tuple[Array, Array]:
     The largest element of a row becomes 127, so that no element is off by more than half of
     ``max(abs(x)) / 127``.
     """
-    wide = x.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # infinity is refused, whatever it comes from
+        wide = x.astype(np.float32, copy=False)
     largest = np.abs(wide).max(axis=-1, initial=0)
     if not np.isfinite(largest).all():
         raise ValueError(f"{name} must be finite to be stored as int8: got NaN or infinity")

@@ -169,11 +169,11 @@ def largest_error(result: Array, truth: Array) -> float:
 
 
 def naive_in_any_order(
-    query: Array, key: Array, value: Array, **keywords: Any
+    query: Array, key: Array, value: Array, *, orders: int = 8, **keywords: Any
 ) -> list[tuple[Array, Array]]:
     """Return the naive results for the keywords of attention, with its sums in several orders.
 
-    In that of BLAS, and term by term with the features and the keys in eight orders. The largest
+    In that of BLAS, and term by term with the features and the keys in so many orders. The largest
     error is that of a few sums, and in one order alone those may happen to round well; the next
     BLAS has another order anyway.
     """
@@ -201,21 +201,21 @@ def naive_in_any_order(
 
     rng = np.random.default_rng(0)
     features, keys = np.arange(query.shape[-1]), np.arange(key.shape[-2])
-    orders = [
+    drawn = [
         (features, keys),
-        *((rng.permutation(features), rng.permutation(keys)) for _ in range(7)),
+        *((rng.permutation(features), rng.permutation(keys)) for _ in range(orders - 1)),
     ]
     with np.errstate(all="ignore"):  # it divides 0 by 0 for rows that see nothing
         by_blas = naive(
             query, key, value, visible=visible, bias=bias, modify=for_keys(keys), **same
         )
         one_by_one = naive(
-            np.stack([query[..., d] for d, _ in orders]),
-            np.stack([key[..., j, :][..., d] for d, j in orders]),
-            np.stack([value[..., j, :] for _, j in orders]),
-            visible=np.stack([visible[..., j] for _, j in orders]),
-            bias=np.stack([bias[..., j] for _, j in orders]),
-            modify=for_keys(np.expand_dims([j for _, j in orders], tuple(range(1, query.ndim)))),
+            np.stack([query[..., d] for d, _ in drawn]),
+            np.stack([key[..., j, :][..., d] for d, j in drawn]),
+            np.stack([value[..., j, :] for _, j in drawn]),
+            visible=np.stack([visible[..., j] for _, j in drawn]),
+            bias=np.stack([bias[..., j] for _, j in drawn]),
+            modify=for_keys(np.expand_dims([j for _, j in drawn], tuple(range(1, query.ndim)))),
             **same,
             dot=term_by_term,
         )

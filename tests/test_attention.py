@@ -829,7 +829,17 @@ class TestAttentionWeights:
     @pytest.mark.parametrize("stage", stages)
     @pytest.mark.parametrize(
         "rows",
-        [0, 4, np.int64(2), slice(None), slice(1, 4, 2), slice(4, 4), [3, 0, 0], np.array([1])],
+        [
+            0,
+            4,
+            np.int64(2),
+            slice(None),
+            slice(1, 4, 2),
+            slice(4, 4),
+            [3, 0, 0],
+            (3, 0),
+            np.array([1]),
+        ],
     )
     def test_rows(self, rows, stage, rng):
         query, key, _ = make_inputs(rng, seqlen_kv=9)

@@ -326,6 +326,27 @@ class TestKVCache:
             assert_close(output, expected, dtype)
             assert_close(lse, expected_lse, dtype, times=10)
 
+    @pytest.mark.parametrize("dtype", STORAGES, ids=str)
+    @pytest.mark.parametrize("seqlen_q", [1, 20])
+    def test_keywords_are_those_of_attention(self, dtype, seqlen_q, rng):
+        """Met by drawing calls at random: `attend` knew half of them."""
+        cache = KVCache(2, KV_HEADS, HEAD_DIM, 100, head_dim_v=HEAD_DIM_V, dtype=dtype)
+        key, value = tokens(rng, 2, KV_HEADS, 90)
+        cache.append(key, value, lengths=[90, 70])
+        query = rng.standard_normal((2, HEADS, seqlen_q, HEAD_DIM), dtype=np.float32)
+        mask_mod = fastattn.masks.window(60, 0, 70)
+        keywords = {
+            "window": (50, 5),
+            "softcap": 3.0,
+            "alibi_slopes": rng.random((2, HEADS)),
+            "sinks": rng.standard_normal(HEADS),
+            "mask_mod": mask_mod,
+            "block_mask": fastattn.create_block_mask(mask_mod, 1, 1, seqlen_q, 90, block_size=16),
+        }
+        for chosen in (*({name: x} for name, x in keywords.items()), keywords):
+            expected = fastattn.attention(query, key, value, kv_lengths=[90, 70], **chosen)
+            assert_close(cache.attend(query, **chosen), expected, dtype)
+
     @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
     def test_bits_are_those_of_attention(self, dtype, rng):
         cache = KVCache(1, KV_HEADS, HEAD_DIM, 1000, head_dim_v=HEAD_DIM_V, dtype=dtype)
@@ -477,6 +498,13 @@ class TestInt8:
         cache.append(row, row)
         output = cache.attend(np.zeros((1, 1, 1, 16), np.float32))
         np.testing.assert_allclose(output, row, rtol=0.005, atol=1e-38)
+
+    def test_too_large_for_a_scale(self):
+        """Refused, without a warning about the overflow that shows it."""
+        cache = KVCache(1, 1, 16, 2, dtype=np.int8)
+        row = np.full((1, 1, 1, 16), 1e300)
+        with pytest.raises(ValueError, match="key must be finite to be stored as int8"):
+            cache.append(row, row)
 
     def test_padding_may_hold_anything(self, rng):
         cache = KVCache(1, KV_HEADS, HEAD_DIM, 8, dtype=np.int8)

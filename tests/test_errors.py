@@ -15,6 +15,7 @@ from numba import njit
 
 import fastattn
 from fastattn import (
+    BlockMask,
     attention,
     attention_weights,
     create_block_mask,
@@ -60,6 +61,10 @@ def valid_arguments(function):
         return arrays | {"cu_seqlens_q": [0, 4, 9], "cu_seqlens_kv": [0, 7, 7]}
     if function is create_block_mask:
         return {"mask_mod": causal, "B": 1, "Hq": 1, "Lq": 5, "Lk": 7}
+    if function is BlockMask:
+        states = np.zeros((1, 2, 3, 2), int)
+        sizes = {"block_size": (16, 64), "shape": (1, 2, 40, 100)}
+        return {"states": states, "mask_mod": causal, **sizes}
     if function is merge_states:
         return {"outputs": [ones(5, 6), ones(5, 6)], "lses": [ones(5), ones(5)]}
     return {}
@@ -86,6 +91,8 @@ DTYPES = [
     (attention, {"key": ones(2, 2, 7, 8, dtype=BFLOAT16),
                  "value": ones(2, 2, 7, 6, dtype=np.float16)}, TypeError,
      r"^query, key, value must have a common dtype.*: got float32, bfloat16, float16$"),
+    (attention, {"query": ones(2, 4, 5, 8, dtype=BFLOAT16), "key": ones(2, 2, 7, 8, dtype=int)},
+     TypeError, r"^query, key, value must have a common dtype: got bfloat16, int64, float32$"),
     (attention, {"key": None}, TypeError, r"^key must be float16.*: got object$"),
     (attention, {"key": [[1.0, 2.0], [3.0]]}, ValueError, r"^key must be an array or nested lists"),
 ]  # fmt: skip
@@ -321,6 +328,25 @@ MODS = [
         (create_block_mask, {"block_size": value}, ValueError,
          r"^block_size must be an int or a pair of ints: got ")
         for value in ((), (1,), [1, 2, 3])
+    ),
+    *(
+        (create_block_mask, {name: 2**70}, ValueError,
+         rf"^{name} must lie between -281474976710656 and 281474976710656: got 11805916")
+        for name in ("B", "Hq", "Lq", "Lk", "block_size")
+    ),
+    *(
+        (BlockMask, {name: value}, error, message)
+        for name, value, error, message in (
+            ("states", np.full((1, 2, 3, 2), 3), ValueError, r"^states must lie between 0 and 2"),
+            ("states", np.full((1, 2, 3, 2), -1), ValueError, r"^states must lie between 0 and 2"),
+            ("states", np.full((1, 2, 3, 2), 258), ValueError, r"^states must lie between 0 and 2"),
+            ("states", np.ones((1, 2, 3, 2)), TypeError, r"^states must be integers: got float64$"),
+            ("block_size", (0, 64), ValueError, r"^block_size must be at least 1: got 0$"),
+            ("block_size", (1.5, 64), TypeError, r"^block_size must be an int: got 1.5 "),
+            ("shape", (1, 2, 40), ValueError, r"^shape must be \(B, H, seqlen_q, seqlen_kv\): "),
+            ("shape", (1, 2, -4, 5), ValueError, r"^shape must be at least 0: got -4$"),
+            ("mask_mod", None, TypeError, r"^mask_mod must be a function of \(b, h, i, j\): got "),
+        )
     ),
     *(
         (masks.document, {"segments": value}, error, message)

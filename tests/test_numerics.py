@@ -1,15 +1,16 @@
 """How good the numbers are: exp and tanh by themselves, the bound on random shapes, extreme scores.
 
-exp and tanh are measured in units in the last place of the result, against more digits than the
-result has: float64 for float32, the platform's longdouble for float64.
+These are samples. `python -m numerics` in this folder measures every float32 and a thousand shapes.
 """
+
+from itertools import islice
 
 import numpy as np
 import pytest
 from checks import FLOAT_DTYPES, assert_accurate, assert_same_bits, make_inputs, to_float64
-from fastattn.kernels.exponential import lowest_power
-from fastattn.kernels.simd import data, exp, load, on, splat, store, tanh, width
-from numba import njit
+from fastattn.kernels.simd import exp, tanh
+from numerics.grid import cases, extremes, measure
+from numerics.units import fused, smallest, ulps
 from numpy.testing import assert_array_equal
 
 import fastattn
@@ -23,25 +24,10 @@ ULPS_OF_EXP = 2
 ULPS_OF_TANH = 4
 
 
-def smallest(dtype):
-    """Return the smallest result of exp but 0."""
-    return dtype(2.0 ** lowest_power(np.dtype(dtype).name))
-
-
-def fused(function, x):
-    """Return what the kernels make of exp(x) or tanh(x), one register after the other."""
-    zero = x.dtype.type(0)
-
-    @njit
-    def over(x, result):
-        like = splat(zero, 1)
-        for n in range(0, x.size, width(like)):
-            store(on(data(result), n), 0, function(load(like, on(data(x), n), 0)))
-
-    whole = np.resize(x, -(-x.size // 64) * 64)
-    result = np.empty_like(whole)
-    over(whole, result)
-    return result[: x.size]
+def skip_without_more_digits(dtype):
+    """Skip where nothing has more digits than a result."""
+    if dtype == np.float64 and np.finfo(np.longdouble).eps == np.finfo(dtype).eps:
+        pytest.skip("longdouble is float64 here: nothing to measure float64 with")
 
 
 def arguments_of_exp(dtype):
@@ -57,13 +43,8 @@ def arguments_of_exp(dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_exp_in_units_in_the_last_place(dtype):
-    wide = np.float64 if dtype == np.float32 else np.longdouble
-    if np.finfo(wide).eps == np.finfo(dtype).eps:
-        pytest.skip("longdouble is float64 here: nothing to measure float64 with")
-    x = arguments_of_exp(dtype)
-    truth = np.exp(x.astype(wide))
-    ulps = np.abs(fused(exp, x) - truth) / np.spacing(truth.astype(dtype))
-    assert ulps.max() <= ULPS_OF_EXP  # a NaN is not
+    skip_without_more_digits(dtype)
+    assert ulps(exp, arguments_of_exp(dtype)).max() <= ULPS_OF_EXP  # a NaN is not
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -81,16 +62,12 @@ def test_exp_at_the_ends(dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_tanh_in_units_in_the_last_place(dtype):
     """Small arguments as well as large ones: where |x| is small, tanh(x) is x."""
-    wide = np.float64 if dtype == np.float32 else np.longdouble
-    if np.finfo(wide).eps == np.finfo(dtype).eps:
-        pytest.skip("longdouble is float64 here: nothing to measure float64 with")
+    skip_without_more_digits(dtype)
     rng = np.random.default_rng(0)
     lowest = np.log2(np.finfo(dtype).tiny)
     sizes = [rng.uniform(0, 20, 1_000_000), 2.0 ** rng.uniform(lowest, 5, 1_000_000)]
     x = (np.concatenate(sizes) * rng.choice([-1, 1], 2_000_000)).astype(dtype)
-    truth = np.tanh(x.astype(wide))
-    ulps = np.abs(fused(tanh, x) - truth) / np.spacing(np.abs(truth.astype(dtype)))
-    assert ulps.max() <= ULPS_OF_TANH  # a NaN is not
+    assert ulps(tanh, x).max() <= ULPS_OF_TANH  # a NaN is not
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -128,6 +105,30 @@ def test_random_shapes(seed):
     }
     keywords = {name: each for name, each in keywords.items() if each is not None}
     assert_accurate(fastattn.attention(*inputs, return_lse=True, **keywords), *inputs, **keywords)
+
+
+# Every 29th of the thousand: all types, lengths, features and both variants.
+GRID = [
+    pytest.param(*case, id=f"{case[1][0].dtype} {case[0]}") for case in islice(cases(), 3, None, 29)
+]
+
+
+@pytest.mark.parametrize(("name", "inputs", "keywords"), GRID)
+def test_grid(name, inputs, keywords):
+    """Never more than twice the textbook's error and one rounding: enough outputs for a maximum."""
+    assert measure(name, inputs, **keywords).share <= 1
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_extremes(dtype):
+    """Large, tiny and equal scores, values that cancel, 100,000 keys.
+
+    BLAS adds blocks of some hundred keys, the kernel for many queries blocks of 64: with so many
+    keys that makes three times the error.
+    """
+    for name, inputs, keywords in extremes(dtype):
+        most = 2 if "100,000" in name else 1
+        assert measure(name, inputs, **keywords).share <= most, name
 
 
 class TestExtremeScores:
@@ -169,6 +170,26 @@ class TestExtremeScores:
         bias = np.where(padded, np.finfo(np.float32).min, 0)
         result = fastattn.attention(*inputs, bias=bias, return_lse=True)
         assert_accurate(result, *inputs, mask=~padded)
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("seqlen_q", [1, 40])
+    def test_tiny_softcap(self, seqlen_q, dtype, rng):
+        """Scores over it leave the range of the type, but for one of 0: all weights are equal."""
+        query, key, value = make_inputs(rng, seqlen_q=seqlen_q, seqlen_kv=70, dtype=dtype)
+        query[:, :, 0] = 0
+        softcap = float(np.finfo(dtype).smallest_subnormal) * 8
+        output, lse = fastattn.attention(query, key, value, softcap=softcap, return_lse=True)
+        mean = value.mean(axis=-2, keepdims=True, dtype=np.float64)
+        np.testing.assert_allclose(output, np.broadcast_to(mean, output.shape), atol=1e-6)
+        np.testing.assert_allclose(lse, np.log(70), rtol=1e-6)
+
+    @pytest.mark.parametrize("scale", [1e39, -1e39])
+    def test_scale_beyond_the_type(self, scale, rng):
+        """A score of 0 is 0, however large the scale is."""
+        query, key, value = make_inputs(rng, seqlen_q=3, seqlen_kv=70)
+        output = fastattn.attention(0 * query, key, value, scale=scale)
+        mean = value.mean(axis=-2, keepdims=True, dtype=np.float64)
+        np.testing.assert_allclose(output, np.broadcast_to(mean, output.shape), atol=1e-6)
 
     @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
     def test_one_hot(self, dtype, rng):

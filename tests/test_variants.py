@@ -319,6 +319,15 @@ class TestMaskMod:
             check(*inputs, mask_mod=functools.partial(holding, shift, np.array(table)))
 
 
+@pytest.mark.parametrize("offset", [2**48, -(2**48)])
+@pytest.mark.parametrize("seqlen_q", [3, 40])
+def test_farthest_positions(seqlen_q, offset, rng):
+    """Without causal and window every query sees every key, wherever it stands."""
+    query, key, value = make_inputs(rng, seqlen_q=seqlen_q, seqlen_kv=70)
+    far = fastattn.attention(query, key, value, query_offset=offset)
+    assert_same_bits(far, fastattn.attention(query, key, value))
+
+
 class TestBlockMask:
     @pytest.mark.parametrize(
         "block_size", [(32, 64), (128, 128), (64, 192), (13, 50), (1, 1), (5, 200)]
@@ -540,6 +549,13 @@ class TestVarlen:
                 of_lse = score_bound(*inputs[:2]) + inputs[1].shape[1] * rounding(lse.dtype)
             assert_within(output[rows].swapaxes(0, 1), expected[0], dtype, bound)
             assert_within(lse[:, rows], expected[1], lse.dtype, of_lse)
+
+    def test_some_without_queries_beside_many(self, rng):
+        query, key, value = rng.standard_normal((3, 40, 2, 8), dtype=np.float32)
+        starts = [0, 0, 40, 40]
+        output = fastattn.varlen_attention(query, key, value, starts, starts)
+        alone = fastattn.attention(*(x.swapaxes(0, 1) for x in (query, key, value)))
+        assert_same_bits(output.swapaxes(0, 1), alone)
 
     @dtypes
     @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (8, 1)], ids=str)

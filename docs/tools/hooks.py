@@ -25,6 +25,7 @@ _ROOT = Path(__file__).parents[2]
 _REPOSITORY = ("CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md", "kernels/README.md")
 _GALLERY = "gallery.md"
 _MEASURED = "<!-- the runs in bench/history -->"
+_NUMERICS = "<!-- what numerics measured -->"
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -43,4 +44,6 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put in what was measured, where a page asks for it."""
+    if _NUMERICS in markdown:  # `python -m numerics` in tests/ printed it
+        markdown = markdown.replace(_NUMERICS, Path(__file__).with_name("numerics.md").read_text())
     return markdown.replace(_MEASURED, tables()) if _MEASURED in markdown else markdown

@@ -39,7 +39,7 @@ _asked: queue.SimpleQueue[Callable[[], None]] | None = None
 
 # How often GOMP's threads ask for more work before they sleep: some 30 microseconds. Its default,
 # 300 times as long, keeps cores from the threads of NumPy's BLAS, which want them next: six layers
-# of a decoder in NumPy took 48 ms for a token, and take 7.
+# of a decoder in NumPy took 48 ms for a token, and take 6.
 _SPINS = {"GOMP_SPINCOUNT": "1000"}
 _CALLERS_CHOICE = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 

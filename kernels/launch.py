@@ -10,6 +10,7 @@ from numba import prange, types
 from numba.np.numpy_support import from_dtype
 
 from .compile import entry, glue
+from .cores import core_in_use, leave, let_others_begin
 from .record import COUNTER, PROBLEM
 from .simd import address, call_kernel, data, record_type
 
@@ -94,7 +95,12 @@ def launcher() -> Any:
     @entry(types.void(types.int64, _own_record, types.int64), parallel=True)
     def launch(kernel, placed, workers):
         """Run a kernel on ``workers`` threads, each of which takes items until none is left."""
-        for _ in prange(workers):
+        core = core_in_use()
+        for n in prange(workers):
+            if n == 0:
+                let_others_begin()
+            else:
+                leave(core)
             call_kernel(kernel, address(data(placed)))
 
     return launch

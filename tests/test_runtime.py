@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -30,10 +31,13 @@ from numpy.testing import assert_allclose
 
 import fastattn
 from fastattn import reference, runtime
+from fastattn.cores import usable_cores
 from fastattn.plan import plan
 from fastattn.problem import check
 
 HAS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this platform")
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="threads are moved on Linux only")
 
 
 def large_inputs(seed=0):
@@ -209,6 +213,52 @@ def spin_after_a_launch(policy):
 def test_idle_threads_sleep_unless_the_caller_wants_them_awake(policy):
     environment = {"NUMBA_THREADING_LAYER": "omp", "OMP_WAIT_POLICY": policy}
     in_a_process(spin_after_a_launch, policy, **environment)
+
+
+def affinities():
+    """Return the cores that each thread of this process may use."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {frozenset(os.sched_getaffinity(int(task.name))) for task in tasks}
+
+
+def cores_after_launches(cores):
+    os.sched_setaffinity(0, cores)
+    for _ in range(20):
+        time.sleep(0.002)  # threads fall asleep, and are woken on any core
+        check_large()
+    assert affinities() == {frozenset(cores)}
+
+
+@ON_LINUX
+@pytest.mark.parametrize("number", [1, 2])
+def test_threads_may_use_the_same_cores_as_before(number):
+    cores = set(sorted(os.sched_getaffinity(0))[:number])
+    in_a_process(cores_after_launches, cores, NUMBA_NUM_THREADS="2")
+
+
+def shared_cores():
+    query, key, value = make_inputs(
+        np.random.default_rng(0), batch=(1,), heads=12, seqlen_q=256, seqlen_kv=256, head_dim=64
+    )
+    seconds = {}
+    for threads in (1, 2):
+        fastattn.set_num_threads(threads)
+        fastattn.attention(query, key, value)
+        samples = []
+        for _ in range(30):
+            time.sleep(0.003)
+            begin = time.perf_counter()
+            fastattn.attention(query, key, value)
+            samples.append(time.perf_counter() - begin)
+        seconds[threads] = sorted(samples)[len(samples) // 2]
+    assert seconds[2] < 0.8 * seconds[1], seconds
+
+
+@ON_LINUX
+@pytest.mark.alone
+@pytest.mark.skipif(usable_cores() < 2, reason="there is one core only")
+def test_woken_threads_have_cores_of_their_own():
+    in_a_process(shared_cores, OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY=None)
 
 
 def settings():

@@ -170,8 +170,8 @@ def attention(
         "blhd": query, key, value and out are (..., length, heads, features), as in flash-attn, JAX
         and Keras. mask, bias and lse keep their shape.
     precision : "highest" or "bf16"
-        "bf16" permits that products of float32 inputs are rounded to bfloat16. The kernels make no
-        use of it: both give the same bits.
+        "bf16" permits that float32 inputs, and the weights, are rounded to bfloat16 for the
+        products. Many queries are, on CPUs that are faster at those; elsewhere no bit changes.
     return_lse : bool
         Also return the logarithm of the softmax's denominator.
     out : ndarray, optional

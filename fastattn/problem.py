@@ -125,6 +125,7 @@ class Problem(NamedTuple):
     owners: tuple[Any, ...]  # arrays of which the record holds addresses
     stored: Format | None = None  # that of key and value, where a cache keeps them in another one
     packed: Packed | None = None
+    permits_bfloat: bool = False  # products of float32 inputs may be rounded to bfloat16
 
 
 _NO_LSE: dict[Any, Array] = {
@@ -243,7 +244,8 @@ def check(
             fields["offsets"] = offsets.ctypes.data
         if terms is not None:
             terms.describe(fields)
-    return Problem(q, k, v, o, lse, record, form, frame, result, result_lse, owners)
+    checked = (q, k, v, o, lse, record, form, frame, result, result_lse, owners)
+    return Problem(*checked, permits_bfloat=precision == "bf16")
 
 
 class _Seen(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn import runtime
-from fastattn.kernels.record import BLOCK_KV, CHUNK, HALF, field
+from fastattn.kernels.record import BFLOAT, BLOCK_KV, CHUNK, FLOAT32, HALF, field
 from fastattn.loading import loads
 from fastattn.plan import are_few, chunks, plan, plan_chunks, plan_packed
 from fastattn.problem import Array, Format, Packed, Problem, known_format
@@ -29,11 +29,17 @@ class _Compiled(NamedTuple):
 
 @cache
 @loads
-def _compiled(form: Format, stored: Format, is_decode: bool, in_place: bool) -> _Compiled:
-    """Compile or load it; Numba, imported at the first call, takes most of a second by itself."""
+def _compiled(
+    form: Format, stored: Format, is_decode: bool, in_place: bool, is_bfloat: bool
+) -> _Compiled:
+    """Compile or load it; Numba, imported at the first call, takes most of a second by itself.
+
+    `is_bfloat`: a unit for products of bfloat16 may be used.
+    """
     from numba.np.numpy_support import from_dtype
 
     from fastattn.kernels import decode, launch, prefill
+    from fastattn.kernels.host import HOST
 
     entries = launch.entries(form.view, stored.view, form.accumulation)
     element = from_dtype(form.accumulation)
@@ -41,7 +47,7 @@ def _compiled(form: Format, stored: Format, is_decode: bool, in_place: bool) -> 
         native = known_format(form.accumulation).storage
         kernel = decode.decode(element, stored.storage if in_place else native)
     else:
-        kernel = prefill.prefill(element)
+        kernel = prefill.prefill(element, is_bfloat and HOST.pairs_bfloat)
     return _Compiled(kernel, entries.run, entries.place)
 
 
@@ -69,7 +75,13 @@ def _is_read_in_place(problem: Problem, stored: Format) -> bool:
     )
 
 
-_ready: dict[tuple[int, int, bool, bool], _Compiled] = {}
+def _is_bfloat(problem: Problem, stored: Format) -> bool:
+    """Return whether the products may be of bfloat16: they are, or the caller permits it."""
+    storage = problem.format.storage
+    return storage == stored.storage == BFLOAT or (problem.permits_bfloat and storage == FLOAT32)
+
+
+_ready: dict[tuple[int, int, bool, bool, bool], _Compiled] = {}
 
 
 def _code(problem: Problem, is_decode: bool) -> _Compiled:
@@ -80,10 +92,11 @@ def _code(problem: Problem, is_decode: bool) -> _Compiled:
         and stored.view.itemsize < form.accumulation.itemsize
         and _is_read_in_place(problem, stored)
     )
-    name = (form.storage, stored.storage, is_decode, in_place)
+    is_bfloat = not is_decode and _is_bfloat(problem, stored)
+    name = (form.storage, stored.storage, is_decode, in_place, is_bfloat)
     ready = _ready.get(name)
     if ready is None:
-        ready = _ready[name] = _compiled(form, stored, is_decode, in_place)
+        ready = _ready[name] = _compiled(form, stored, is_decode, in_place, is_bfloat)
     return ready
 
 

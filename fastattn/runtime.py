@@ -384,6 +384,7 @@ def versions() -> dict[str, str]:
         + ("" if HOST.fused else ", no fused multiply-add"),
         "lanes": f"{HOST.vector_bytes // 4} float32, {HOST.vector_bytes // 8} float64",
         "accumulators": f"{HOST.wide[0]} x {HOST.wide[1]} registers",
+        "bfloat16": "in pairs, by a unit for dot products" if HOST.pairs_bfloat else "as float32",
         "threading layer": layer,
         "threads": f"{get_num_threads()} of {_most_threads()}",
         "compiled code": "in memory only (no writable directory)"

@@ -8,6 +8,7 @@ that appear are the registers that the kernels will get.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import NamedTuple
 
@@ -36,16 +37,28 @@ class Host(NamedTuple):
     exp_rows: int
     sums: int
     looks_up: bool  # whether a table of two registers can be looked up in one instruction
+    pairs_bfloat: bool = False  # whether products of bfloat16 go to the unit for dots of pairs
 
 
-# One multiply-add on 64 bytes, at least as wide as any register known here, and one conversion from
-# 16 bits.
+# CPUs, as LLVM names them, whose unit for dots of bfloat16 pairs does twice as many operations in a
+# cycle as their multiply-add units do in float32. Where it does half as many (Sapphire Rapids and
+# its successors: 86 and 176 GFLOP/s a core, measured), widening bfloat16 to float32 is faster.
+FAST_PAIRS = ("znver4", "znver5")
+
+# "1" takes the unit wherever the CPU has it, "0" nowhere: for tests and for measuring.
+PAIRS_SWITCH = "FASTATTN_BFLOAT16_UNIT"
+
+
+# One multiply-add on 64 bytes, at least as wide as any register known here, one conversion from 16
+# bits, and one to bfloat16.
 _PROBE = """
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)
 define void @probe(ptr %p) {
   %x = load <16 x float>, ptr %p, align 4
   %y = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %x, <16 x float> %x, <16 x float> %x)
   store <16 x float> %y, ptr %p, align 4
+  %b = fptrunc <16 x float> %y to <16 x bfloat>
+  store <16 x bfloat> %b, ptr %p, align 2
   %h = load half, ptr %p, align 2
   %f = fpext half %h to float
   store float %f, ptr %p, align 4
@@ -62,6 +75,15 @@ def _probe_assembly() -> tuple[str, str, str]:
     return triple, cpu, machine.emit_assembly(llvm.parse_assembly(_PROBE))
 
 
+def _pairs_bfloat(cpu: str, assembly: str) -> bool:
+    """Whether to use the dot-product unit, of which the conversion to bfloat16 is a part."""
+    is_there = re.search(r"vcvtneps2bf16\s.*%ymm", assembly) is not None
+    chosen = os.environ.get(PAIRS_SWITCH, "")
+    if chosen not in ("", "0", "1"):
+        raise ValueError(f"{PAIRS_SWITCH} must be 0, 1 or empty: got {chosen!r}")
+    return is_there and (chosen == "1" or (chosen == "" and cpu in FAST_PAIRS))
+
+
 def detect() -> Host:
     """Describe the target that Numba compiles for."""
     triple, cpu, assembly = _probe_assembly()
@@ -74,7 +96,8 @@ def detect() -> Host:
     if "%zmm" in assembly:
         # 32 registers of 64 bytes. 8 x 2 keeps two units with a latency of four busy, and leaves
         # room: taller tiles spill.
-        return Host(cpu, "AVX-512", 64, fused, half, (8, 2), (8, 1), 8, 16, True)
+        pairs = _pairs_bfloat(cpu, assembly)
+        return Host(cpu, "AVX-512", 64, fused, half, (8, 2), (8, 1), 8, 16, True, pairs)
     if "%ymm" in assembly:
         # 16 registers: 4 x 3 takes all of them (12 + 3 + 1) and has the fewest
         # loads for each multiply-add of all shapes that fit.

@@ -16,7 +16,7 @@ nothing grows with the number of keys. See Dao (2023), FlashAttention-2, section
 and 3.2.
 
 Every variant is a switch for a whole tile, so that one compiled kernel for each
-accumulation type serves them all.
+accumulation type serves them all, and one more for a dot-product unit, where there is one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from numba import types
 from .compile import glue, kernel
 from .host import HOST
 from .items import between, item_of, problem_at, row_at
+from .operands import elements, pairs
 from .record import ABSENT, BLOCK_KV, FLOAT32, FLOAT64, STOPPED
 from .simd import (
     address,
@@ -81,14 +82,15 @@ class Scratch(NamedTuple):
     rescale: Any
     lanes: Any  # two numbers for each query
     rows: Any  # rows between the caller's memory and a transposed tile
-    k: Any  # a block of K or V where the caller's memory cannot be read in place
+    k: Any  # a block of K or V where the caller's memory cannot be read in place, or rounded Q
     v: Any
     tiles: Any  # the query tiles, floating-point part
     integers: Any  # and their integers
     words: Any  # two words for each query
     asked: Any  # a tile, described to a function of the caller's
-    q_length: int  # head_dim and head_dim_v, padded
+    q_length: int  # the steps of head_dim, and head_dim_v, padded
     v_length: int
+    longest: int  # elements of the longest row
     tile_size: int  # elements of one query tile
 
 
@@ -103,45 +105,37 @@ def most_queries(element: types.Float) -> int:
 
 
 @cache
-def prefill(element: types.Float) -> int:
-    """Address of the kernel that accumulates in ``element``; compiled at the first call."""
+def prefill(element: types.Float, in_pairs: bool) -> int:
+    """Address of the kernel that accumulates in ``element``; compiled at the first call.
+
+    ``in_pairs``: with the unit for dots of bfloat16 pairs; Q, K and V of other formats are rounded.
+    """
     zero = np.dtype(str(element)).type(0)
     native = FLOAT32 if element == types.float32 else FLOAT64
     register = lanes_of(element)
     most = most_queries(element)
     tile_integers = 5 * most + BESIDE + 1
-    wide = tiles(element, _COLS)
-    narrow = tiles(element, 1)
-    careful = careful_tiles(element)
-    any_nonfinite = nonfinite_finder(element)
+    wide = tiles(element, _COLS, in_pairs)
+    narrow = tiles(element, 1, in_pairs)
+    careful = careful_tiles(element, in_pairs)
+    any_nonfinite = nonfinite_finder(element, in_pairs)
+    operands = pairs(element) if in_pairs else elements(element)
+    per_step = operands.per_step
     softmax = online_softmax(element)
     parts = between(element)
     stage = staging(element)
 
     @glue
-    def begin(problem, item, queries, row, count, tile, scratch):
-        """Pack the queries, find where they stand, and set the state before any key.
+    def steps(count):
+        """How many steps add so many products."""
+        return (count + per_step - 1) // per_step
 
-        Lanes behind ``count`` hold zeros.
-        """
-        places, q = tile.places, problem.q
+    @glue
+    def begin(problem, item, queries, row, count, tile, scratch):
+        """Find where the queries stand, pack them, and set the state before any key."""
+        places = tile.places
         parts.find_places(problem, item, queries, row, count, places)
-        if parts.is_whole(q, problem.head_dim, queries, count, places):
-            first = row_at(q, item.q, places.heads[0], places.rows[0])
-            source = pointer(address(first), zero)
-            stage.pack(tile.q, queries, source, q.row_step, problem.head_dim)
-        else:
-            for x in range(queries):
-                packed = on(scratch.rows, x * scratch.q_length)
-                if x < count:
-                    source = row_at(q, item.q, places.heads[x], places.rows[x])
-                    stage.read_row(packed, source, q.step, problem.head_dim, q.storage)
-                else:
-                    for d in range(problem.head_dim):
-                        packed[d] = 0
-            stage.transpose_rows(
-                tile.q, queries, scratch.rows, scratch.q_length, queries, scratch.q_length
-            )
+        operands.pack_queries(problem, item, queries, count, tile, scratch)
         softmax.start(queries, tile.row_max, tile.row_sum, problem.head_dim_v, tile.o)
         if problem.sinks != 0:
             # As if a key had been seen, with a value of zeros.
@@ -156,7 +150,7 @@ def prefill(element: types.Float) -> int:
     ):
         """One tile of queries against one block of keys, some of which it sees."""
         is_wide = queries == most
-        product = (k, k_step, keys, tile.q, problem.head_dim, problem.scale, scratch.s)
+        product = (k, k_step, keys, tile.q, steps(problem.head_dim), problem.scale, scratch.s)
         if is_wide:
             wide.scores(*product)
         else:
@@ -164,12 +158,14 @@ def prefill(element: types.Float) -> int:
         parts.modify(problem, queries, count, key, keys, tile.sees[0], tile.places, scratch)
         if strange:
             careful.copy(queries, scratch.s, keys, scratch.kept)
-            softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
+        softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
+        operands.weights(queries, keys, scratch.s)
+        if strange:
             careful.values_seen(
                 queries,
                 v,
                 v_step,
-                keys,
+                steps(keys),
                 scratch.kept,
                 scratch.s,
                 scratch.rescale,
@@ -178,12 +174,11 @@ def prefill(element: types.Float) -> int:
                 RUN_WIDE if is_wide else RUN_NARROW,
             )
             return
-        softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
-        weighted = (v, v_step, keys, scratch.s, scratch.rescale, problem.head_dim_v, tile.o)
+        weighted = (scratch.s, scratch.rescale, problem.head_dim_v, tile.o)
         if is_wide:
-            wide.values(*weighted)
+            wide.values(v, v_step, steps(keys), *weighted)
         else:
-            narrow.values(*weighted)
+            narrow.values(v, v_step, steps(keys), *weighted)
 
     @glue
     def finish(problem, item, queries, count, tile, scratch):
@@ -250,10 +245,11 @@ def prefill(element: types.Float) -> int:
     def part_of_block(key, keys, extent):
         """How many keys of a block lie before all that a tile sees, and how many may be seen.
 
-        A multiple of what is summed one after the other, so that what is skipped changes no bit.
+        A multiple of what is summed one after the other, so that what is skipped changes no bit;
+        whole steps, so that a key that shares one with a visible key counts as hidden.
         """
         skip = max(extent[0] - key, 0) // RUN_NARROW * RUN_NARROW
-        return skip, min(keys, extent[3] + 1 - key) - skip
+        return skip, min(keys, steps(extent[3] + 1 - key) * per_step) - skip
 
     @glue
     def attend_rows(problem, item, row, rows, scratch, counter):
@@ -288,19 +284,18 @@ def prefill(element: types.Float) -> int:
                 some_hidden = some_hidden or parts.hides(problem, sees)
             if most_seen == NOTHING:
                 continue
-            k_args = (problem.k, item.k, problem.k_scale, item.k_scale, problem.head_dim)
-            k, k_step = parts.block(problem, item, *k_args, key, keys, scratch.k)
-            v_args = (problem.v, item.v, problem.v_scale, item.v_scale, problem.head_dim_v)
-            v, v_step = parts.block(problem, item, *v_args, key, keys, scratch.v)
+            k, k_step = operands.keys(problem, item, key, keys, scratch)
+            v, v_step = operands.values(problem, item, key, keys, scratch)
             # Of a hidden NaN or Inf, 0 times the value would be left.
-            strange = some_hidden and any_nonfinite(v, v_step, keys, problem.head_dim_v) != 0
+            rows_of_v = (v, v_step, steps(keys), problem.head_dim_v)
+            strange = some_hidden and any_nonfinite(*rows_of_v) != 0
             for t in range(count):
                 queries, n = tile_shape(t, rows)
                 tile = query_tile(scratch, t, queries)
                 if tile.sees[0] != NOTHING:
                     fetch_output(problem, item, n, key, last_key, tile.places)
                     skip, seen = part_of_block(key, keys, tile.places.extent)
-                    k_rows, v_rows = bytes_on(k, skip * k_step), bytes_on(v, skip * v_step)
+                    k_rows, v_rows = bytes_on(k, skip * k_step), bytes_on(v, steps(skip) * v_step)
                     block = (key + skip, seen, k_rows, k_step, v_rows, v_step, strange)
                     attend_block(problem, item, queries, n, *block, tile, scratch)
 
@@ -309,14 +304,19 @@ def prefill(element: types.Float) -> int:
             finish(problem, item, queries, n, query_tile(scratch, t, queries), scratch)
 
     @glue
+    def padded(length):
+        """A length in whole registers."""
+        return (length + register - 1) // register * register
+
+    @glue
     def allocate(problem):
         """One thread's scratch, and the two arrays that own it."""
-        q_length = (problem.head_dim + register - 1) // register * register
-        v_length = (problem.head_dim_v + register - 1) // register * register
+        q_length = padded(steps(problem.head_dim))
+        v_length = padded(problem.head_dim_v)
         tile_size = most * (q_length + v_length + 2)
         block_size = most * BLOCK_KV
-        longest = max(q_length, v_length, BLOCK_KV)
-        staged = BLOCK_KV * (problem.head_dim + problem.head_dim_v)
+        longest = max(padded(problem.head_dim), v_length, BLOCK_KV)
+        staged = BLOCK_KV * (q_length + v_length)
         total = 3 * block_size + (3 + longest) * most + staged + problem.tiles * tile_size
         memory = np.empty(total + 64, np.dtype(type(zero)))
         integers = np.empty(problem.tiles * tile_integers + 2 * most + ASKED, np.int64)
@@ -328,8 +328,8 @@ def prefill(element: types.Float) -> int:
         lanes = on(rescale, most)
         rows = on(lanes, 2 * most)
         k = on(rows, longest * most)
-        v = on(k, BLOCK_KV * problem.head_dim)
-        tiles_at = on(v, BLOCK_KV * problem.head_dim_v)
+        v = on(k, BLOCK_KV * q_length)
+        tiles_at = on(v, BLOCK_KV * v_length)
         words = on(data(integers), problem.tiles * tile_integers)
         scratch = Scratch(
             s,
@@ -346,17 +346,18 @@ def prefill(element: types.Float) -> int:
             on(words, 2 * most),
             q_length,
             v_length,
+            longest,
             tile_size,
         )
         return scratch, memory, integers
 
-    @kernel(element)
+    @kernel(element, *(["pairs"] if in_pairs else []))
     def prefill(problem_address):
         """Take work items from the problem's counter until none is left."""
         problem = problem_at(problem_address)
         scratch, memory, integers = allocate(problem)
         height = problem.tiles * most
-        if problem.bias.storage != ABSENT and problem.k.storage == native:
+        if problem.bias.storage != ABSENT and problem.k.storage == native and per_step == 1:
             height = min(height, _TILES_WITH_BIAS * most)
         # Where one head's queries do not fill a tile, those of the whole group share it.
         group_rows = problem.num_heads // problem.num_kv_heads * problem.seqlen_q

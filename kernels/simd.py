@@ -39,6 +39,19 @@ _i32 = ir.IntType(32)
 _i64 = ir.IntType(64)
 
 
+class _Bfloat(ir.Type):
+    """LLVM's bfloat16, which llvmlite does not know."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self))
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
 # ---------------------------------------------------------------------------
 # The type
 # ---------------------------------------------------------------------------
@@ -130,6 +143,18 @@ def _call_vector(builder: ir.IRBuilder, name: str, *xs: ir.Value) -> ir.Value:
         f"llvm.{name}.v{vector.count}f{bits}",
     )
     return builder.call(function, xs)
+
+
+def _dot_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """``a[0] * b[0] + a[1] * b[1] + c``: lanes of ``a`` and ``b`` hold two bfloat16 each."""
+    vector = c.type
+    pairs = ir.VectorType(_Bfloat(), 2 * vector.count)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(vector, [vector, pairs, pairs]),
+        f"llvm.x86.avx512bf16.dpbf16ps.{32 * vector.count}",
+    )
+    return builder.call(function, [c, builder.bitcast(a, pairs), builder.bitcast(b, pairs)])
 
 
 def _bytes_on(builder: ir.IRBuilder, pointer: ir.Value, count: ir.Value) -> ir.Value:
@@ -500,14 +525,20 @@ _overload_operator(operator.mul, lambda builder, a, b: builder.fmul(a, b))
 _overload_operator(operator.truediv, lambda builder, a, b: builder.fdiv(a, b))
 
 
-@intrinsic
-def fma(typingctx, a, b, c):
-    """``a * b + c``, rounded once where the CPU can."""
+def _ternary(emit: _Emit, doc: str) -> Any:
+    @intrinsic
+    def combine(typingctx, a, b, c):
+        def codegen(context, builder, sig, args):
+            return _lanewise(builder, a, emit, *args)
 
-    def codegen(context, builder, sig, args):
-        return _lanewise(builder, a, _fma, *args)
+        return a(a, b, c), codegen
 
-    return a(a, b, c), codegen
+    combine.__doc__ = doc
+    return combine
+
+
+fma = _ternary(_fma, "``a * b + c``, rounded once where the CPU can.")
+dot_pairs = _ternary(_dot_pairs, "``a[0] * b[0] + a[1] * b[1] + c``, with lanes that are pairs.")
 
 
 def _emit_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -586,6 +617,53 @@ def where_less(typingctx, a, b, yes, no):
         return _lanewise(builder, a, emit, *args)
 
     return a(a, b, yes, no), codegen
+
+
+def _both_halves(builder: ir.IRBuilder, low: ir.Value, high: ir.Value, vector: ir.Type) -> ir.Value:
+    """Registers of 16-bit integers, as the lower and upper halves of the lanes of ``vector``."""
+    wide = ir.VectorType(_i32, vector.count)
+    raised = builder.shl(builder.zext(high, wide), ir.Constant(wide, [16] * vector.count))
+    return builder.bitcast(builder.or_(builder.zext(low, wide), raised), vector)
+
+
+@intrinsic
+def paired(typingctx, first, second):
+    """Pairs of bfloat16, to which two tiles are rounded lane by lane; only on CPUs with the unit.
+
+    The instruction takes subnormal numbers as zeros.
+    """
+
+    def emit(builder, *pair):
+        vector = first.vector
+        bits = ir.VectorType(_i16, vector.count)
+        narrow = ir.VectorType(_Bfloat(), vector.count)
+        low, high = (builder.bitcast(builder.fptrunc(x, narrow), bits) for x in pair)
+        return _both_halves(builder, low, high, vector)
+
+    def codegen(context, builder, sig, args):
+        return _lanewise(builder, first, emit, *args)
+
+    return first(first, second), codegen
+
+
+@intrinsic
+def seen_pairs(typingctx, first, second, pairs):
+    """``pairs`` with 0 where the score of its first or second half, -inf, hides it."""
+
+    def emit(builder, a, b, pair):
+        bits = ir.VectorType(_i16, pairs.lanes)
+        hides = _constant(pairs.vector, -math.inf)
+        low, high = (
+            builder.sext(builder.fcmp_unordered("!=", score, hides), bits) for score in (a, b)
+        )
+        kept = builder.bitcast(_both_halves(builder, low, high, pairs.vector), _integers(pair.type))
+        taken = builder.and_(builder.bitcast(pair, kept.type), kept)
+        return builder.bitcast(taken, pair.type)
+
+    def codegen(context, builder, sig, args):
+        return _lanewise(builder, pairs, emit, *args)
+
+    return pairs(first, second, pairs), codegen
 
 
 @intrinsic
@@ -799,6 +877,7 @@ def where_bit(typingctx, words, n, yes, no):
 
 def _add_outer(
     builder: ir.IRBuilder,
+    multiply_add: _Emit,
     acc: Tile,
     sums: list[ir.Value],
     a_base: ir.Value,
@@ -811,29 +890,39 @@ def _add_outer(
         element = _splat(builder, builder.load(at, align=1), acc.vector)
         for col in range(acc.cols):
             n = row * acc.cols + col
-            sums[n] = _fma(builder, element, b_row[col], sums[n])
+            sums[n] = multiply_add(builder, element, b_row[col], sums[n])
     return _pack(builder, acc, sums)
 
 
-@intrinsic
-def add_outer(typingctx, acc, a, a_step, b):
+def _outer(multiply_add: _Emit, doc: str) -> Any:
+    @intrinsic
+    def add(typingctx, acc, a, a_step, b):
+        def codegen(context, builder, sig, args):
+            sums, a_base, step, b_base = args
+            b_row = [
+                builder.load(
+                    _vector_at(builder, b_base, _i64(col * acc.lanes), acc), align=acc.itemsize
+                )
+                for col in range(acc.cols)
+            ]
+            sums = _unpack(builder, sums)
+            return _add_outer(builder, multiply_add, acc, sums, a_base, step, b_row)
+
+        return acc(acc, a, types.intp, b), codegen
+
+    add.__doc__ = doc
+    return add
+
+
+add_outer = _outer(
+    _fma,
     """``acc[r, :] + a[r] * b[:]`` for every row ``r``.
 
     ``a[r]`` is one element, ``a_step`` bytes apart and broadcast to all lanes;
     ``b`` points to one row. The step of which both products of attention are made.
-    """
-
-    def codegen(context, builder, sig, args):
-        sums, a_base, step, b_base = args
-        b_row = [
-            builder.load(
-                _vector_at(builder, b_base, _i64(col * acc.lanes), acc), align=acc.itemsize
-            )
-            for col in range(acc.cols)
-        ]
-        return _add_outer(builder, acc, _unpack(builder, sums), a_base, step, b_row)
-
-    return acc(acc, a, types.intp, b), codegen
+    """,
+)
+add_outer_pairs = _outer(_dot_pairs, "The same where elements are pairs of bfloat16.")
 
 
 @intrinsic
@@ -842,7 +931,8 @@ def add_row(typingctx, acc, a, a_step, row):
 
     def codegen(context, builder, sig, args):
         sums, a_base, step, row = args
-        return _add_outer(builder, acc, _unpack(builder, sums), a_base, step, _unpack(builder, row))
+        sums, row = _unpack(builder, sums), _unpack(builder, row)
+        return _add_outer(builder, _fma, acc, sums, a_base, step, row)
 
     return acc(acc, a, types.intp, row), codegen
 

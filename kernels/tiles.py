@@ -14,7 +14,8 @@ a time is broadcast and multiplied with one row of queries::
     ...                         ...                         ...     lanes = queries
 
 Both are the same step, ``add_outer``, in another order: rows of the accumulators are
-keys in the first and features in the second product.
+keys in the first and features in the second product. Where the CPU has a unit for it, an
+element is a pair of bfloat16 and the step a dot of two of them (``operands.py``).
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import literal_unroll, types
 
-from .compile import glue, routine
+from .compile import glue, inline, routine
 from .simd import (
     accumulate,
     accumulators,
     add_outer,
+    add_outer_pairs,
     add_rows,
     any_nan,
     bytes_on,
+    dot_pairs,
     filled,
     fma,
     itemsize,
@@ -43,6 +46,7 @@ from .simd import (
     on,
     ones,
     rows,
+    seen_pairs,
     splat,
     stack,
     store,
@@ -53,7 +57,7 @@ from .simd import (
 
 _int = types.intp
 
-# How many products are summed one after the other before they are added to the rest. The error of a
+# How many steps are summed one after the other before they are added to the rest. The error of a
 # sum grows with the length of its longest run. A matrix product of many queries sums runs of some
 # hundred, one of few queries short ones: neither is to be more accurate than this.
 RUN_WIDE = 64
@@ -74,14 +78,24 @@ class Tiles(NamedTuple):
     values: Any
 
 
+def _variant(element: types.Float, in_pairs: bool) -> tuple[Any, ...]:
+    return (element, "pairs") if in_pairs else (element,)
+
+
 @cache
-def tiles(element: types.Float, cols: int) -> Tiles:
-    """Compile the products for tiles of ``cols`` registers of queries."""
+def tiles(element: types.Float, cols: int, in_pairs: bool) -> Tiles:
+    """Compile the products for tiles of ``cols`` registers of queries.
+
+    With ``in_pairs`` an element of K, V, Q^T and P^T is a pair: for ``head_dim``, and ``keys`` of
+    ``values``, stands half of them.
+    """
+    variant = *_variant(element, in_pairs), cols
+    add = add_outer_pairs if in_pairs else add_outer
     zero = np.dtype(str(element)).type(0)
     pointer = types.CPointer(element)
     longest = RUN_NARROW if cols == 1 else RUN_WIDE
 
-    @routine(types.void(pointer, _int, _int, pointer, _int, element, pointer), element, cols)
+    @routine(types.void(pointer, _int, _int, pointer, _int, element, pointer), *variant)
     def scores(k, k_step, keys, q, head_dim, factor, s):
         """``S^T[j, :] = factor * sum_d K[j, d] Q^T[d, :]``, rows of K ``k_step`` bytes apart.
 
@@ -102,9 +116,9 @@ def tiles(element: types.Float, cols: int) -> Tiles:
                 quads = stop - (stop - start) % 4
                 for d in range(start, quads, 4):
                     for n in literal_unroll((0, 1, 2, 3)):
-                        acc = add_outer(acc, on(k_rows, d + n), k_step, on(q, (d + n) * queries))
+                        acc = add(acc, on(k_rows, d + n), k_step, on(q, (d + n) * queries))
                 for d in range(quads, stop):
-                    acc = add_outer(acc, on(k_rows, d), k_step, on(q, d * queries))
+                    acc = add(acc, on(k_rows, d), k_step, on(q, d * queries))
                 if start > 0:
                     acc = acc + load(acc, s_rows, queries)
                 if start + run < head_dim:
@@ -118,11 +132,11 @@ def tiles(element: types.Float, cols: int) -> Tiles:
             for start in range(0, head_dim, run):
                 rest = zeros(like)
                 for d in range(start, min(start + run, head_dim)):
-                    rest = add_outer(rest, on(k_row, d), k_step, on(q, d * queries))
+                    rest = add(rest, on(k_row, d), k_step, on(q, d * queries))
                 rest_total = rest + rest_total if start > 0 else rest
             store(s_row, queries, rest_total * filled(like, factor))
 
-    @routine(types.void(pointer, _int, _int, pointer, pointer, _int, pointer), element, cols)
+    @routine(types.void(pointer, _int, _int, pointer, pointer, _int, pointer), *variant)
     def values(v, v_step, keys, p, rescale, head_dim_v, o):
         """``O^T[f, :] = O^T[f, :] * rescale + sum_j V[j, f] P^T[j, :]``.
 
@@ -143,43 +157,48 @@ def tiles(element: types.Float, cols: int) -> Tiles:
                 for j in range(start, quads, 4):
                     for n in literal_unroll((0, 1, 2, 3)):
                         v_row = bytes_on(on(v, f), (j + n) * v_step)
-                        acc = add_outer(acc, v_row, itemsize(v), on(p, (j + n) * queries))
+                        acc = add(acc, v_row, itemsize(v), on(p, (j + n) * queries))
                 for j in range(quads, stop):
                     v_row = bytes_on(on(v, f), j * v_step)
-                    acc = add_outer(acc, v_row, itemsize(v), on(p, j * queries))
+                    acc = add(acc, v_row, itemsize(v), on(p, j * queries))
                 accumulate(acc, factor, on(o, f * queries), queries)
             for f in range(whole, head_dim_v):
                 rest = zeros(like)
                 for j in range(start, stop):
                     v_row = bytes_on(on(v, f), j * v_step)
-                    rest = add_outer(rest, v_row, itemsize(v), on(p, j * queries))
+                    rest = add(rest, v_row, itemsize(v), on(p, j * queries))
                 accumulate(rest, factor, on(o, f * queries), queries)
 
     return Tiles(scores, values)
 
 
 @cache
-def nonfinite_finder(element: types.Float) -> Any:
-    """Compile the question whether V needs care: a hidden NaN or Inf must not reach an output."""
+def nonfinite_finder(element: types.Float, in_pairs: bool = False) -> Any:
+    """Compile the question whether V needs care: a hidden NaN or Inf must not reach an output.
+
+    With ``in_pairs``, rows are padded with zeros to whole registers.
+    """
+    multiply_add = dot_pairs if in_pairs else fma
     zero = np.dtype(str(element)).type(0)
     pointer = types.CPointer(element)
 
-    @routine(_int(pointer, _int, _int, _int), element)
+    @routine(_int(pointer, _int, _int, _int), *_variant(element, in_pairs))
     def any_nonfinite(v, v_step, keys, head_dim_v):
         """Whether any of ``keys`` rows of V holds a NaN or Inf: 0 times those is NaN."""
         one = splat(zero, 1)
         many = stack(one)
         height, step = rows(many), lanes(one)
         whole = keys - keys % height
-        full = head_dim_v - head_dim_v % step
+        full = (head_dim_v + step - 1 if in_pairs else head_dim_v) // step * step
         sums, rest, last = zeros(many), zeros(one), zero
         for f in range(0, full, step):
             column = on(v, f)
             for j in range(0, whole, height):
                 block = load_apart(many, bytes_on(column, j * v_step), v_step)
-                sums = fma(block, zeros(many), sums)
+                sums = multiply_add(block, zeros(many), sums)
             for j in range(whole, keys):
-                rest = fma(load_apart(one, bytes_on(column, j * v_step), 0), zeros(one), rest)
+                row = load_apart(one, bytes_on(column, j * v_step), 0)
+                rest = multiply_add(row, zeros(one), rest)
         for j in range(keys):
             row = bytes_on(v, j * v_step)
             for f in range(full, head_dim_v):
@@ -197,13 +216,25 @@ class CarefulTiles(NamedTuple):
 
 
 @cache
-def careful_tiles(element: types.Float) -> CarefulTiles:
+def careful_tiles(element: types.Float, in_pairs: bool) -> CarefulTiles:
     """Compile what keeps a hidden NaN or Inf in V from an output: there 0 * V is not 0.
 
     For tiles of any number of ``queries`` that is whole registers.
     """
     zero = np.dtype(str(element)).type(0)
     pointer = types.CPointer(element)
+    multiply_add = dot_pairs if in_pairs else fma
+
+    @inline
+    def seen_element(one, s, queries, j, value):
+        return where_less(load(one, on(s, j * queries), 0), lowest(one), zeros(one), value)
+
+    @inline
+    def seen_pair(one, s, queries, j, value):
+        first = on(s, 2 * j * queries)
+        return seen_pairs(load(one, first, 0), load(one, on(first, queries), 0), value)
+
+    seen = seen_pair if in_pairs else seen_element
 
     @routine(types.void(_int, pointer, _int, pointer), element)
     def copy(queries, s, keys, target):
@@ -213,10 +244,10 @@ def careful_tiles(element: types.Float) -> CarefulTiles:
 
     @routine(
         types.void(_int, pointer, _int, _int, pointer, pointer, pointer, _int, pointer, _int),
-        element,
+        *_variant(element, in_pairs),
     )
     def values_seen(queries, v, v_step, keys, s, p, rescale, head_dim_v, o, longest):
-        """``values``, in the same order, without V where the score ``s`` hides the key."""
+        """``values``, in the same order, with 0 for V where the score ``s`` hides the key."""
         one = splat(zero, 1)
         run = even_run(keys, longest)
         for x in range(0, queries, lanes(one)):
@@ -226,10 +257,9 @@ def careful_tiles(element: types.Float) -> CarefulTiles:
                 for f in range(head_dim_v):
                     acc = zeros(one)
                     for j in range(start, stop):
-                        v_row = bytes_on(v, j * v_step)
-                        at = j * queries + x
-                        more = fma(filled(one, v_row[f]), load(one, on(p, at), 0), acc)
-                        acc = where_less(load(one, on(s, at), 0), lowest(one), acc, more)
+                        value = filled(one, bytes_on(v, j * v_step)[f])
+                        value = seen(one, on(s, x), queries, j, value)
+                        acc = multiply_add(value, load(one, on(p, j * queries + x), 0), acc)
                     accumulate(acc, factor, on(o, f * queries + x), 0)
 
     return CarefulTiles(copy, values_seen)

@@ -361,6 +361,7 @@ def test_show_versions(capsys):
         "instruction set": HOST.instruction_set,
         "lanes": f"{HOST.vector_bytes // 4} float32",
         "accumulators": " x ".join(map(str, HOST.wide)),
+        "bfloat16": "in pairs" if HOST.pairs_bfloat else "as float32",
         "threading layer": numba.threading_layer(),
         "threads": str(fastattn.get_num_threads()),
         "compiled code": str(directory() or "in memory only"),

@@ -145,7 +145,7 @@ def _call_vector(builder: ir.IRBuilder, name: str, *xs: ir.Value) -> ir.Value:
     return builder.call(function, xs)
 
 
-def _dot_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+def emit_dot_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """``a[0] * b[0] + a[1] * b[1] + c``: lanes of ``a`` and ``b`` hold two bfloat16 each."""
     vector = c.type
     pairs = ir.VectorType(_Bfloat(), 2 * vector.count)
@@ -538,7 +538,9 @@ def _ternary(emit: _Emit, doc: str) -> Any:
 
 
 fma = _ternary(_fma, "``a * b + c``, rounded once where the CPU can.")
-dot_pairs = _ternary(_dot_pairs, "``a[0] * b[0] + a[1] * b[1] + c``, with lanes that are pairs.")
+dot_pairs = _ternary(
+    emit_dot_pairs, "``a[0] * b[0] + a[1] * b[1] + c``, with lanes that are pairs."
+)
 
 
 def _emit_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -922,7 +924,7 @@ add_outer = _outer(
     ``b`` points to one row. The step of which both products of attention are made.
     """,
 )
-add_outer_pairs = _outer(_dot_pairs, "The same where elements are pairs of bfloat16.")
+add_outer_pairs = _outer(emit_dot_pairs, "The same where elements are pairs of bfloat16.")
 
 
 @intrinsic

@@ -4,7 +4,8 @@ Two limits, both in Numba and independent of the package, so that a mistake in t
 package's view of the machine cannot lower the bar it is held to:
 
 - `multiply_adds`: on every core a loop of independent multiply-add chains that live in
-  registers, more of them than latency x units, without a load or a store.
+  registers, more of them than latency x units, without a load or a store. For bfloat16, dots of
+  pairs where the CPU has a unit for them that is faster.
 - `reading`: one pass over an array four times the size of the last-level cache, every core
   on its own part of it.
 
@@ -29,6 +30,8 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fastattn.kernels.simd import emit_dot_pairs
 
 from .machine import THREADS, cpus
 
@@ -74,18 +77,34 @@ def chains() -> int:
 # ---------------------------------------------------------------------------
 
 
-@intrinsic
-def _run_chains(typingctx: Any, start: Any, factor: Any, steps: Any) -> Any:
-    """Run ``x = fma(x, factor, factor)`` on every chain ``steps`` times; return their sum."""
-    bits = start.bitwidth
-    lanes = vector_bytes() * 8 // bits
+def _fma(builder: ir.IRBuilder, x: ir.Value, factor: ir.Value) -> ir.Value:
+    """Emit ``x * factor + factor``: tends to factor / (1 - factor)."""
+    lanes, bits = x.type.count, 8 * vector_bytes() // x.type.count
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(x.type, [x.type] * 3), f"llvm.fma.v{lanes}f{bits}"
+    )
+    return builder.call(function, [x, factor, factor])
 
+
+def _dot(builder: ir.IRBuilder, x: ir.Value, factor: ir.Value) -> ir.Value:
+    """Emit ``x + factor . factor``, of pairs: grows by a quarter where factor is 0.5."""
+    return emit_dot_pairs(builder, factor, factor, x)
+
+
+def _chains(step: Callable[..., ir.Value]) -> Any:
+    @intrinsic
+    def run_chains(typingctx: Any, start: Any, factor: Any, steps: Any) -> Any:
+        """Take a step on every chain ``steps`` times; return their sum."""
+        lanes = vector_bytes() * 8 // start.bitwidth
+        return start(start, start, types.intp), _emit_chains(step, lanes)
+
+    return run_chains
+
+
+def _emit_chains(step: Callable[..., ir.Value], lanes: int) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         scalar = args[0].type
         vector = ir.VectorType(scalar, lanes)
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f{bits}"
-        )
 
         def splat(value: ir.Value) -> ir.Value:
             undefined = ir.Constant(vector, ir.Undefined)
@@ -107,7 +126,7 @@ def _run_chains(typingctx: Any, start: Any, factor: Any, steps: Any) -> Any:
         left = builder.phi(args[2].type)
         left.add_incoming(args[2], before)
         values = [builder.phi(vector) for _ in starts]
-        results = [builder.call(fma, [value, factors, factors]) for value in values]
+        results = [step(builder, value, factors) for value in values]
         for value, first, result in zip(values, starts, results, strict=True):
             value.add_incoming(first, before)
             value.add_incoming(result, loop)
@@ -124,27 +143,48 @@ def _run_chains(typingctx: Any, start: Any, factor: Any, steps: Any) -> Any:
             lane_sum = builder.fadd(lane_sum, builder.extract_element(total, _i32(lane)))
         return lane_sum
 
-    return start(start, start, types.intp), codegen
+    return codegen
+
+
+_run_chains, _run_dots = _chains(_fma), _chains(_dot)
 
 
 @njit(parallel=True)
 def _multiply_adds(factor: Any, steps: Any, results: Any) -> None:
     for thread in prange(results.size):
-        # Tends to factor / (1 - factor): neither overflow nor denormals on the way.
+        # Neither overflow nor denormals on the way.
         results[thread] = _run_chains(factor, factor, steps)
+
+
+@njit(parallel=True)
+def _dots(factor: Any, steps: Any, results: Any) -> None:
+    for thread in prange(results.size):
+        results[thread] = _run_dots(factor, factor, steps)
 
 
 @cache
 def multiply_adds(dtype: str) -> Limit:
-    """Return work that only the multiply-add units limit; its amount is in flops."""
-    results = np.zeros(THREADS, dtype)
+    """Return work that only the units for products and sums of a dtype limit, counted in flops.
+
+    16-bit types are multiplied in float32, or bfloat16 in pairs, whichever is faster here.
+    """
+    if dtype == "float64":
+        return _limit(_multiply_adds, np.zeros(THREADS, np.float64), 2)
+    results = np.zeros(THREADS, np.float32)
+    single = _limit(_multiply_adds, results, 2)
+    if dtype != "bfloat16" or not llvm.get_host_cpu_features().get("avx512bf16"):
+        return single
+    in_pairs = _limit(_dots, results, 4)
+    return max(single, in_pairs, key=lambda limit: limit.amount / _timed(limit.run))
+
+
+def _limit(run: Any, results: Any, flops: int) -> Limit:
+    """Return chains as a limit; each step does so many flops in every lane."""
     factor = results.dtype.type(0.5)
-    _multiply_adds(factor, 1, results)
+    run(factor, 1, results)
     lanes = vector_bytes() // results.itemsize
-    return Limit(
-        run=lambda: _multiply_adds(factor, STEPS, results),
-        amount=2.0 * lanes * chains() * STEPS * THREADS,
-    )
+    amount = float(flops * lanes * chains() * STEPS * THREADS)
+    return Limit(lambda: run(factor, STEPS, results), amount)
 
 
 def multiply_add_loop(dtype: str) -> list[str]:

@@ -150,8 +150,7 @@ class Measurement:
             plain.run()
             self._enter(PLAIN, plain)
             self.plain_flops = plain_inputs.flops
-        # 16-bit types are computed in float32.
-        peak = multiply_adds("float64" if case.dtype == "float64" else "float32")
+        peak = multiply_adds(case.dtype)
         self._enter(PEAK, Prepared(peak.run), times=peak.amount / self.inputs.flops)
         if case.is_decode:
             read = reading()

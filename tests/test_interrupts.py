@@ -83,6 +83,8 @@ def interrupt_everything():
     out = np.empty_like(query)
     packed = [x[0].swapaxes(0, 1) for x in (query, key, value)]
     signal.signal(signal.SIGTERM, end)
+    # A process in the background of a shell begins with this ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Of which a single work item takes a second.
     many = np.broadcast_to(key[..., :1, :], (1, 4, 4 << 20, 64))
     calls = [

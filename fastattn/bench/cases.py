@@ -258,6 +258,7 @@ _VARIANTS: dict[str | None, Callable[[Inputs], Inputs]] = {
 }
 
 
+_BFLOAT = Goal(torch=2.2, plain=1 / 0.9)
 _HALF = Goal(peer=1.15, plain=1 / 0.9)
 
 
@@ -301,6 +302,9 @@ CASES: tuple[Case, ...] = (
     Case("T3", (1, 8, 1024, 64), Goal(torch=1.8, peak=0.85), dtype="float64"),
     Case("T3", (1, 8, 1024, 128), Goal(torch=1.8, peak=0.85), dtype="float64"),
     # Stored in 16 bits.
+    Case("T4", (1, 8, 1024, 64), _BFLOAT, dtype="bfloat16"),
+    Case("T4", (1, 8, 2048, 128), _BFLOAT, dtype="bfloat16"),
+    Case("T4", (1, 8, 2048, 128), Goal(torch=2.2), dtype="bfloat16", causal=True),
     Case("T5", (1, 8, 1024, 64), _HALF, dtype="float16"),
     Case("T5", (1, 8, 1024, 128), _HALF, dtype="float16"),
     Case("T6", (1, 12, 1024, 64), Goal(plain=1.15), variant="mask"),
@@ -327,6 +331,5 @@ CASES: tuple[Case, ...] = (
     Case("T14", (2, 8, 77, 64), seqlen_kv=1000),
     Case("T14", (1, 32, 512, 128), num_kv_heads=8, causal=True),
     Case("T14", (1, 2, 1024, 256)),
-    Case("T14", (1, 8, 1024, 64), dtype="bfloat16"),
     *_by_length(),
 )

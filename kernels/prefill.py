@@ -136,9 +136,9 @@ def prefill(element: types.Float, in_pairs: bool) -> int:
         return (count + per_step - 1) // per_step
 
     @glue
-    def has_spans(problem):
-        """Whether rows are long enough for sums to be set aside."""
-        return problem.seqlen_kv > _SPAN
+    def has_spans(item):
+        """Whether its rows are long enough for sums to be set aside."""
+        return item.seqlen_kv > _SPAN
 
     @glue
     def begin(problem, item, queries, row, count, tile, scratch):
@@ -147,7 +147,7 @@ def prefill(element: types.Float, in_pairs: bool) -> int:
         parts.find_places(problem, item, queries, row, count, places)
         operands.pack_queries(problem, item, queries, count, tile, scratch)
         softmax.start(queries, tile.row_max, tile.row_sum, problem.head_dim_v, tile.o)
-        if has_spans(problem):
+        if has_spans(item):
             for n in range(queries):
                 tile.aside[n] = 1
             for n in range(queries, (2 + problem.head_dim_v) * queries):
@@ -174,7 +174,7 @@ def prefill(element: types.Float, in_pairs: bool) -> int:
         if strange:
             careful.copy(queries, scratch.s, keys, scratch.kept)
         softmax.update(queries, scratch.s, keys, tile.row_max, tile.row_sum, scratch.rescale)
-        if has_spans(problem):
+        if has_spans(item):
             softmax.keep_pace(queries, scratch.rescale, tile.aside)
         operands.weights(queries, keys, scratch.s)
         if strange:
@@ -202,7 +202,7 @@ def prefill(element: types.Float, in_pairs: bool) -> int:
         """Divide by the sums, transpose, write the rows and their lse."""
         places, out = tile.places, problem.out
         o, row_sum = tile.o, tile.row_sum
-        if has_spans(problem):
+        if has_spans(item):
             row_sum = on(tile.aside, queries)
             o = on(row_sum, queries)
         for x in range(count):
@@ -333,7 +333,7 @@ def prefill(element: types.Float, in_pairs: bool) -> int:
                     block = (key + skip, seen, k_rows, k_step, v_rows, v_step, strange)
                     attend_block(problem, item, queries, n, *block, tile, scratch)
 
-        if has_spans(problem):
+        if has_spans(item):
             set_aside(problem, count, rows, scratch)
         for t in range(count):
             queries, n = tile_shape(t, rows)
@@ -349,9 +349,7 @@ def prefill(element: types.Float, in_pairs: bool) -> int:
         """One thread's scratch, and the two arrays that own it."""
         q_length = padded(steps(problem.head_dim))
         v_length = padded(problem.head_dim_v)
-        tile_size = most * (q_length + v_length + 2)
-        if has_spans(problem):
-            tile_size += most * (v_length + 2)
+        tile_size = most * (q_length + 2 * v_length + 4)
         block_size = most * BLOCK_KV
         longest = max(padded(problem.head_dim), v_length, BLOCK_KV)
         staged = BLOCK_KV * (q_length + v_length)

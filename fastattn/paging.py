@@ -24,7 +24,9 @@ from fastattn.storage import (
     without_arrays,
 )
 
-_PAGES, _PAGES_STEP, _PAGE_SIZE = (field(name) for name in ("pages", "pages_step", "page_size"))
+_PAGES, _PAGES_STEP, _PAGE_SIZE, _LENGTHS, _POSITIONS = (
+    field(name) for name in ("pages", "pages_step", "page_size", "lengths", "positions")
+)
 
 
 class PagedKVCache:
@@ -353,10 +355,13 @@ class PagedKVCache:
             remember(self._known, name, known)
         elif len(query) != len(lengths):
             return None
+        # What differs is this call's own: others of the same shape may run at the same time.
         assert known.packed is not None  # as it was checked
-        known.packed.lengths[:] = lengths
-        if isinstance(known.packed.position, np.ndarray):
-            np.subtract(lengths, 1, known.packed.position)
+        record, position = known.record.copy(), known.packed.position
+        record[_LENGTHS] = lengths.ctypes.data
+        if isinstance(position, np.ndarray):
+            position = lengths - 1
+            record[_POSITIONS] = position.ctypes.data
         view = known.format.view
         result = np.empty(known.frame.result, query.dtype)
         lse, result_lse = known.lse, None
@@ -367,8 +372,11 @@ class PagedKVCache:
             query=query.swapaxes(0, 1)[None].view(view),
             out=result.swapaxes(0, 1)[None].view(view),
             lse=lse,
+            record=record,
             result=result,
             result_lse=result_lse,
+            owners=(known.owners, lengths, position),
+            packed=known.packed._replace(lengths=lengths, position=position),
         )
 
     def _pages(self, ids: list[int]) -> Array:

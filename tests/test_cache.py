@@ -725,6 +725,19 @@ class TestPagedKVCache:
             alone = cache.attend(query[mine], [each], [0, queries[n]])
             assert alone.tobytes() == together[mine].tobytes()
 
+    @pytest.mark.parametrize("heads", [2, 40])
+    def test_more_keys_than_are_summed_in_one_go(self, heads, rng):
+        """By the kernel for many queries: of one head, or one for each of many."""
+        length, queries = 9000, 40 if heads == 2 else 1
+        key, value = rng.standard_normal((2, length, 2, 8), dtype=np.float32)
+        query = rng.standard_normal((queries, heads, 8), dtype=np.float32)
+        cache = fastattn.PagedKVCache(150, 64, 2, 8)
+        sequence = cache.add()
+        cache.append([sequence], key, value, [0, length])
+        output = cache.attend(query, [sequence], [0, queries] if heads == 2 else None)
+        expected = fastattn.attention(query, key, value, layout="blhd")
+        assert_same_bits(output, expected)
+
     def test_sharing_and_copy_on_write(self, rng):
         cache = PagedKVCache(10, 4, KV_HEADS, HEAD_DIM, head_dim_v=HEAD_DIM_V)
         prompt = cache.add()

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -255,3 +256,28 @@ def test_one_writer_beside_the_readers_of_pages():
         pool.submit(write).result()
         assert all(each.result() > 0 for each in readers)
     assert cache.pages_free == 24 - 6
+
+
+def test_readers_of_different_pages_at_once():
+    """Calls of one shape differ in what they read: none may see another's lengths or pages."""
+    cache = fastattn.PagedKVCache(64, 16, 3, 20)
+    rng = np.random.default_rng(3)
+    query = rng.standard_normal((1, 3, 20), dtype=np.float32)
+    ids = [cache.add() for _ in range(4)]
+    for each, length in zip(ids, (3, 60, 230, 600), strict=True):
+        cache.append(
+            [each], *rng.standard_normal((2, length, 3, 20), dtype=np.float32), [0, length]
+        )
+    expected = [cache.attend(query, [each], causal=True) for each in ids]
+
+    def look(n):
+        for _ in range(300):
+            assert_same_bits(cache.attend(query, [ids[n]], causal=True), expected[n])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(look, range(4)))
+    finally:
+        sys.setswitchinterval(interval)

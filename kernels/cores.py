@@ -16,6 +16,9 @@ from numba import types
 from .compile import glue
 from .simd import address, data, keep
 
+# Integers with a bit for each core, as many as the C library has.
+_WORDS = 1024 // 64
+
 if sys.platform == "linux":
     _get_core = types.ExternalFunction("sched_getcpu", types.intc())
     _step_aside = types.ExternalFunction("sched_yield", types.intc())
@@ -38,7 +41,7 @@ if sys.platform == "linux":
     @glue
     def leave(core):
         """Go to any other core, if this runs on that one, and be free to be moved again."""
-        if _get_core() == core:
+        if 0 <= core < _WORDS * 64 and _get_core() == core:
             allowed = np.zeros(_WORDS, np.int64)
             others = np.zeros(_WORDS, np.int64)
             size = _WORDS * 8
@@ -46,14 +49,11 @@ if sys.platform == "linux":
             for n in range(_WORDS):
                 others[n] = allowed[n]
             others[core // 64] &= ~(np.int64(1) << core % 64)
-            # Where no other core is allowed, or there are more cores than bits, nothing changes.
+            # Where no other core is allowed, nothing changes.
             if _set_allowed(0, size, address(data(others))) == 0:
                 _set_allowed(0, size, address(data(allowed)))
             keep(allowed)
             keep(others)
-
-    # As many as the C library has.
-    _WORDS = 1024 // 64
 
 else:
 

@@ -240,13 +240,11 @@ def between(element: types.Float) -> Between:
     # -----------------------------------------------------------------------
 
     @glue
-    def read_bias(problem, count, key, keys, places, rows):
-        """Read rows of a bias through the caller's strides, BLOCK_KV apart."""
+    def read_bias(problem, x, key, keys, places, row):
+        """Read the bias of a query through the caller's strides."""
         bias = problem.bias
-        for x in range(count):
-            first = row_at(bias, places.entry[BIAS], places.heads[x], places.rows[x])
-            source = on(first, key * bias.step)
-            stage.read_row(on(rows, x * BLOCK_KV), source, bias.step, keys, bias.storage)
+        first = row_at(bias, places.entry[BIAS], places.heads[x], places.rows[x])
+        stage.read_row(row, on(first, key * bias.step), bias.step, keys, bias.storage)
 
     @glue
     def changes_scores(problem):
@@ -292,7 +290,8 @@ def between(element: types.Float) -> Between:
                 source = pointer(address(first) + key * bias.step, zero)
                 change.add_rows(queries, s, keys, source, bias.row_step)
             else:
-                read_bias(problem, count, key, keys, places, rows)
+                for x in range(count):
+                    read_bias(problem, x, key, keys, places, on(rows, x * BLOCK_KV))
                 stage.transpose_rows(term, queries, rows, BLOCK_KV, queries, keys)
                 change.add(queries, s, keys, term)
         if score_mod.address != 0:
@@ -309,7 +308,7 @@ def between(element: types.Float) -> Between:
         modify_tile(address(problem), places.heads, *tile, scratch.lanes, scratch.asked)
 
     @routine(types.intp(types.int64, words, *[types.intp] * 3, floats, words, words), element)
-    def find_seen(problem_address, integers, queries, count, x, rows, room, asked):
+    def find_seen(problem_address, integers, queries, count, x, row, room, asked):
         """1 if query ``x`` sees a key, or 0."""
         problem = problem_at(problem_address)
         places = places_in(integers, queries)
@@ -323,9 +322,9 @@ def between(element: types.Float) -> Between:
             elif sees == SOMETHING:
                 word = places.visible[x]
             if word != 0 and problem.bias.storage != ABSENT:
-                read_bias(problem, x + 1, key, keys, places, rows)
+                read_bias(problem, x, key, keys, places, row)
                 for n in range(keys):
-                    if rows[x * BLOCK_KV + n] == -np.inf:
+                    if row[n] == -np.inf:
                         word &= ~(np.int64(1) << n)
             if word != 0:
                 return 1

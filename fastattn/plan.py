@@ -95,11 +95,10 @@ def are_few(frame: Frame, packed: Packed) -> Array:
 class Chunks(NamedTuple):
     """How the decode kernel takes packed sequences."""
 
+    plan: Plan
     work: Array  # (items, 3): chunk of keys, first member, last member and one
     members: Array  # (members, 2): sequence, chunks of those before it
     rows: int  # queries that share a kv head in one sequence, at most
-    workers: int
-    is_long: bool
 
 
 def plan_chunks(frame: Frame, packed: Packed, chosen: Array, threads: int) -> Chunks:
@@ -124,7 +123,7 @@ def plan_chunks(frame: Frame, packed: Packed, chosen: Array, threads: int) -> Ch
     serial = threads == 1 or multiply_adds < SERIAL_WORK
     workers = 1 if serial else min(threads, len(work) * frame.num_kv_heads)
     rows = group_size * int(queries.max(initial=0))
-    return Chunks(work, members, rows, workers, is_long(multiply_adds, workers))
+    return Chunks(Plan(True, 1, workers, is_long(multiply_adds, workers)), work, members, rows)
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ import numpy as np
 from fastattn import runtime
 from fastattn.kernels.record import BFLOAT, BLOCK_KV, CHUNK, FLOAT32, HALF, field
 from fastattn.loading import loads
-from fastattn.plan import are_few, chunks, plan, plan_chunks, plan_packed
+from fastattn.plan import Plan, are_few, chunks, plan, plan_chunks, plan_packed
 from fastattn.problem import Array, Format, Packed, Problem, known_format
 
 _PAGE_SIZE, _STATES, _FINISHED, _ROWS, _WORK, _WORK_ITEMS, _MEMBERS = (
@@ -100,11 +100,11 @@ def _code(problem: Problem, is_decode: bool) -> _Compiled:
     return ready
 
 
-def _start(
-    ready: _Compiled, problem: Problem, record: Array, tiles: int, workers: int, is_long: bool
-) -> None:
+def _start(problem: Problem, record: Array, planned: Plan) -> None:
     """Run the compiled code on one thread or several."""
     query, key, value, out, lse, *_ = problem
+    is_decode, tiles, workers, is_long = planned
+    ready = _code(problem, is_decode)
     if workers == 1 and not is_long:
         if ready.run(query, key, value, out, lse, tiles, record, ready.kernel) == 0:
             raise MemoryError(runtime.NO_MEMORY)
@@ -119,12 +119,12 @@ def run(problem: Problem) -> None:
     record, frame = problem.record, problem.frame
     if problem.out.size == 0 and problem.lse.size == 0:
         return
-    is_decode, tiles, workers, is_long = plan(frame, runtime.usable_threads())
-    if is_decode and frame.seqlen_kv > CHUNK:
+    planned = plan(frame, runtime.usable_threads())
+    if planned.is_decode and frame.seqlen_kv > CHUNK:
         heads = frame.batch * frame.num_kv_heads
         rows = frame.num_heads // frame.num_kv_heads * frame.seqlen_q
         record, _room = _with_states(problem, record, heads * chunks(frame.seqlen_kv), heads, rows)
-    _start(_code(problem, is_decode), problem, record, tiles, workers, is_long)
+    _start(problem, record, planned)
 
 
 def run_packed(problem: Problem) -> None:
@@ -144,14 +144,12 @@ def run_packed(problem: Problem) -> None:
 def _run_few(problem: Problem, packed: Packed, chosen: Array) -> None:
     """Run the decode kernel for some of packed sequences."""
     frame = problem.frame
-    work, members, rows, workers, is_long = plan_chunks(
-        frame, packed, chosen, runtime.usable_threads()
-    )
+    planned, work, members, rows = plan_chunks(frame, packed, chosen, runtime.usable_threads())
     heads, states = frame.batch * frame.num_kv_heads, len(members) * frame.num_kv_heads
     record, _room = _with_states(problem, problem.record, states, heads, rows)
     record[_WORK], record[_WORK_ITEMS] = work.ctypes.data, len(work)
     record[_MEMBERS], record[_ROWS] = members.ctypes.data, rows
-    _start(_code(problem, is_decode=True), problem, record, 1, workers, is_long)
+    _start(problem, record, planned)
 
 
 @cache
@@ -171,10 +169,9 @@ def _run_many(problem: Problem, packed: Packed, chosen: Array) -> None:
     tile_queries = _tile_queries(problem.format.accumulation)
     threads = runtime.usable_threads()
     planned, work = plan_packed(problem.frame, packed, chosen, tile_queries, threads)
-    _, tiles, workers, is_long = planned
     record = problem.record.copy()
     record[_WORK], record[_WORK_ITEMS] = work.ctypes.data, len(work)
-    _start(_code(problem, is_decode=False), problem, record, tiles, workers, is_long)
+    _start(problem, record, planned)
 
 
 def _with_states(

@@ -281,6 +281,19 @@ def assert_same_bits(ours: Array, expected: Array) -> None:
 TIMEOUT = 120  # seconds in which a process ends that does not hang
 
 
+def printed(*words: Any, status: int = 0, cwd: Path | None = None) -> str:
+    """Return what ``python -m`` prints with these words, and assert the status it ends with."""
+    finished = subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == status, finished.stderr
+    return finished.stdout + finished.stderr
+
+
 def in_a_process(
     function: Callable[..., None], *arguments: Any, status: int = 0, **environment: str | None
 ) -> None:

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checks import printed
 
 import fastattn
 from fastattn.bench.compare import changes
@@ -19,15 +18,8 @@ RECORDED = HISTORY / "2026-11-25-emeraldrapids-50ac752.json"
 
 
 def run(*words, status=0):
-    """Return what a command prints, and assert the status it ends with."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "fastattn", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == status, finished.stderr
-    return finished.stdout + finished.stderr
+    """Return what a command prints."""
+    return printed("fastattn", *words, status=status)
 
 
 COMMANDS = ("doctor", "warmup", "cache", "bench", "compare", "gate", "heatmap")
@@ -221,8 +213,8 @@ def test_bad_input(line, says, folder, monkeypatch, capsys):
         status = main([word.replace("~", " ") for word in line.split()])
     except SystemExit as end:  # from argparse
         status = end.code
-    printed, complaint = capsys.readouterr()
-    assert (status, printed) == (2, "")
+    text, complaint = capsys.readouterr()
+    assert (status, text) == (2, "")
     assert re.fullmatch(f"fastattn.*: .*{says}.*\n", complaint), complaint
 
 

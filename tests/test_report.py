@@ -2,12 +2,11 @@
 
 import base64
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from checks import printed
 
 from fastattn.bench.saved import history
 
@@ -20,15 +19,7 @@ PICTURES = ["speedup", "roofline", "peers", "history", "memory"]
 
 def report(*words, status=0):
     """Return what the command prints, in a process: the bench decides about threads of its own."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "bench.report", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == status, finished.stderr
-    return finished.stdout + finished.stderr
+    return printed("bench.report", *words, status=status, cwd=ROOT)
 
 
 class Page(HTMLParser):

@@ -363,7 +363,7 @@ class _Pages:
         for each, begin, end in zip(ids, starts[:-1], starts[1:], strict=True):
             new = (kept(x[begin:end], self.cache.dtype) for x in (key, value))
             pairs = zip(self.tokens[each], new, strict=True)
-            self.tokens[each] = tuple(np.concatenate(pair) for pair in pairs)  # type: ignore[assignment]
+            self.tokens[each] = tuple(np.concatenate(pair) for pair in pairs)
 
     def attend(self, dice: Random) -> None:
         """Attend to some sequences."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -259,6 +260,29 @@ def shared_cores():
 @pytest.mark.skipif(usable_cores() < 2, reason="there is one core only")
 def test_woken_threads_have_cores_of_their_own():
     in_a_process(shared_cores, OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY=None)
+
+
+def short_calls_around_a_long_one():
+    rng = np.random.default_rng(0)
+    short, long = (
+        make_inputs(rng, batch=(1,), heads=8, seqlen_q=n, seqlen_kv=n, head_dim=64)
+        for n in (64, 4096)
+    )
+
+    def seconds():
+        samples = timeit.repeat(lambda: fastattn.attention(*short), number=100, repeat=15)
+        return sorted(samples)[len(samples) // 4]
+
+    fastattn.attention(*short)
+    before = seconds()
+    fastattn.attention(*long)
+    after = seconds()
+    assert after < 1.4 * before, (before, after)
+
+
+@pytest.mark.alone
+def test_a_long_call_leaves_no_threads_that_slow_short_ones():
+    in_a_process(short_calls_around_a_long_one, NUMBA_THREADING_LAYER="omp", OMP_WAIT_POLICY=None)
 
 
 def settings():

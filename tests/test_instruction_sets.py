@@ -7,6 +7,7 @@ Kept code is kept for a CPU, so that all of them share one directory.
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from checks import assert_accurate, make_inputs
 from fastattn.kernels import host
 
 import fastattn
+from fastattn.bench import limits
 
 # What a CPU must have to run the code, by the instruction set and a CPU that has just that.
 CPUS = [
@@ -79,6 +81,17 @@ def battery():
                 assert_accurate(result, *inputs, **keywords)
 
 
+def assert_peak_is_its_own():
+    """The bench divides by what these registers can do, each of them full, without memory."""
+    registers = {64: "zmm", 32: "ymm", 16: "xmm"}[host.HOST.vector_bytes]
+    for dtype in ("float32", "float64"):
+        lines = limits.multiply_add_loop(dtype)
+        multiplies = [line for line in lines if re.match(limits.MULTIPLIES, line)]
+        assert len(multiplies) == limits.chains()
+        assert all(registers in line for line in multiplies)
+        assert not any("(" in line for line in lines)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("cpu", "instruction_set", "needed"), CPUS, ids=[each[0] for each in CPUS])
 def test_instruction_set(cpu, instruction_set, needed):
@@ -109,4 +122,5 @@ def test_choice_for_arm(triple, monkeypatch):
 
 if __name__ == "__main__":
     assert host.HOST.instruction_set == sys.argv[1], host.HOST
+    assert_peak_is_its_own()
     battery()

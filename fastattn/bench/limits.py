@@ -29,6 +29,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from fastattn.kernels.simd import emit_dot_pairs
@@ -42,6 +43,9 @@ STEPS = 5_000_000
 # Where the operating system does not say how large its last-level cache is: more than most are.
 FALLBACK_CACHE_BYTES = 64 << 20
 
+# The instructions of a step in assembly; without a unit that does both, the product stands for it.
+MULTIPLIES = r"^\s*(vfmadd|fmla|v?mulp)"
+
 _i32 = ir.IntType(32)
 
 
@@ -53,23 +57,44 @@ class Limit:
     amount: float
 
 
-def vector_bytes() -> int:
-    """Return the width of the host's vector registers."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 64
-    return 32 if features.get("avx") else 16
+class Unit(NamedTuple):
+    """What multiplies and adds: how wide its registers are, whether one instruction does both."""
+
+    vector_bytes: int
+    fused: bool
+
+
+# As wide as any register: LLVM takes as many as are needed of those that there are.
+_PROBE = """
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)
+define <16 x float> @probe(<16 x float> %x) {
+  %y = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %x, <16 x float> %x, <16 x float> %x)
+  ret <16 x float> %y
+}
+"""
+
+
+@cache
+def unit() -> Unit:
+    """Return the unit of the CPU that Numba compiles for: NUMBA_CPU_NAME, or the host."""
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    assembly = machine.emit_assembly(llvm.parse_assembly(_PROBE))
+    widths = {"%zmm": 64, "%ymm": 32}
+    vector_bytes = next((widths[name] for name in widths if name in assembly), 16)
+    return Unit(vector_bytes, re.search(r"\b(vfmadd|fmla)", assembly) is not None)
 
 
 def chains() -> int:
     """Return how many independent chains keep the multiply-add units busy.
 
-    12 fit the 16 registers of AVX2 and SSE beside their constant operand, and exceed the
-    largest latency x units of x86 (5 x 2, Haswell). AVX-512 and NEON have 32 registers, and
-    some NEON cores four units with a latency of four.
+    15 fit the 16 registers of AVX2 and SSE beside their constant operand, and exceed the largest
+    latency x units of x86 (5 x 2, Haswell). A product and a sum in two instructions need all of
+    them: 12 reach nine tenths where three units have a latency of four (Golden Cove). AVX-512 and
+    NEON have 32 registers, and some NEON cores four units with a latency of four.
     """
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return 12 if is_x86 and vector_bytes() < 64 else 24
+    return 15 if is_x86 and unit().vector_bytes < 64 else 24
 
 
 # ---------------------------------------------------------------------------
@@ -79,7 +104,9 @@ def chains() -> int:
 
 def _fma(builder: ir.IRBuilder, x: ir.Value, factor: ir.Value) -> ir.Value:
     """Emit ``x * factor + factor``: tends to factor / (1 - factor)."""
-    lanes, bits = x.type.count, 8 * vector_bytes() // x.type.count
+    if not unit().fused:
+        return builder.fadd(builder.fmul(x, factor), factor)
+    lanes, bits = x.type.count, 8 * unit().vector_bytes // x.type.count
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(x.type, [x.type] * 3), f"llvm.fma.v{lanes}f{bits}"
     )
@@ -95,7 +122,7 @@ def _chains(step: Callable[..., ir.Value]) -> Any:
     @intrinsic
     def run_chains(typingctx: Any, start: Any, factor: Any, steps: Any) -> Any:
         """Take a step on every chain ``steps`` times; return their sum."""
-        lanes = vector_bytes() * 8 // start.bitwidth
+        lanes = unit().vector_bytes * 8 // start.bitwidth
         return start(start, start, types.intp), _emit_chains(step, lanes)
 
     return run_chains
@@ -182,7 +209,7 @@ def _limit(run: Any, results: Any, flops: int) -> Limit:
     """Return chains as a limit; each step does so many flops in every lane."""
     factor = results.dtype.type(0.5)
     run(factor, 1, results)
-    lanes = vector_bytes() // results.itemsize
+    lanes = unit().vector_bytes // results.itemsize
     amount = float(flops * lanes * chains() * STEPS * THREADS)
     return Limit(lambda: run(factor, STEPS, results), amount)
 
@@ -195,7 +222,7 @@ def multiply_add_loop(dtype: str) -> list[str]:
     )
     # Labels begin the blocks; the loop is the one with the multiply-adds, up to its jump back.
     blocks = re.split(r"^(?=[.\w]+:)", assembly, flags=re.MULTILINE)
-    block = max(blocks, key=lambda lines: len(re.findall(r"\b(vfmadd|fmla)", lines)))
+    block = max(blocks, key=lambda lines: len(re.findall(MULTIPLIES, lines, re.MULTILINE)))
     label, *lines = (line.strip() for line in block.splitlines() if line.strip())
     end = next(n for n, line in enumerate(lines) if line.endswith(label.removesuffix(":")))
     return lines[: end + 1]

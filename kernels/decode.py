@@ -41,7 +41,7 @@ from .rows import careful_rows, key_scaler, row_softmax, rows_of
 from .simd import address, data, itemsize, keep, lanes_of, on, pointer, take_ticket
 from .staging import staging
 from .tiles import nonfinite_finder
-from .visibility import ASKED, BESIDE, NOTHING, SOMETHING, Places, places_in
+from .visibility import ASKED, BESIDE, NOTHING, SOMETHING, places_in
 
 _BLOCKS = CHUNK // BLOCK_KV
 
@@ -74,7 +74,7 @@ class Scratch(NamedTuple):
     lanes: Any
     words: Any
     asked: Any
-    places: Places
+    integers: Any  # where queries stand: the places of a work item, which has so many queries
     sees: Any  # what the queries see of each block of the chunk
     q_length: int  # head_dim and head_dim_v, padded
     v_length: int
@@ -123,10 +123,10 @@ def decode(element: types.Float, storage: int) -> int:
         scale_keys(p, p_step, rows, keys, scales)
 
     @glue
-    def modify(problem, item, rows, queries, key, keys, sees, p, scratch):
+    def modify(problem, item, rows, queries, key, keys, sees, p, places, scratch):
         """Apply the modifiers, which take scores transposed."""
         stage.transpose_rows(scratch.s, queries, p, p_step, queries, BLOCK_KV)
-        parts.modify(problem, queries, rows, key, keys, sees, scratch.places, scratch)
+        parts.modify(problem, queries, rows, key, keys, sees, places, scratch)
         stage.transpose_rows(p, p_step, scratch.s, queries, BLOCK_KV, queries)
 
     @glue
@@ -146,7 +146,7 @@ def decode(element: types.Float, storage: int) -> int:
         products.values(source, step, keys, p, p_step, rows, v_length, state.o, v_length)
 
     @glue
-    def attend_chunk(problem, item, rows, queries, begin, end, state, scratch):
+    def attend_chunk(problem, item, rows, queries, begin, end, state, places, scratch):
         """The state of the queries after the keys from ``begin`` to ``end`` alone."""
         q_length = scratch.q_length
         changes = parts.changes_scores(problem)
@@ -154,7 +154,7 @@ def decode(element: types.Float, storage: int) -> int:
         for key in range(begin, end, BLOCK_KV):
             keys = min(BLOCK_KV, end - key)
             p = on(scratch.p, key - begin)
-            sees = parts.look(problem, queries, rows, key, keys, scratch.places, scratch)
+            sees = parts.look(problem, queries, rows, key, keys, places, scratch)
             scratch.sees[(key - begin) // BLOCK_KV] = sees
             hides_some = hides_some or parts.hides(problem, sees)
             if sees == NOTHING:
@@ -171,7 +171,7 @@ def decode(element: types.Float, storage: int) -> int:
                 scales = (problem.k_scale, item.k_scale)
                 scale_columns(problem, item, *scales, key, keys, rows, p, scratch)
             if changes or sees == SOMETHING:
-                modify(problem, item, rows, queries, key, keys, sees, p, scratch)
+                modify(problem, item, rows, queries, key, keys, sees, p, places, scratch)
 
         if hides_some:
             for n in range(rows * p_step):
@@ -223,9 +223,9 @@ def decode(element: types.Float, storage: int) -> int:
                     o[f] += o_part[f] * factor
 
     @glue
-    def finish(problem, item, rows, queries, total, scratch):
+    def finish(problem, item, rows, queries, total, places, scratch):
         """Divide by the sums and write the rows and their lse; 0 / 1 for a row that saw nothing."""
-        places, out = scratch.places, problem.out
+        out = problem.out
         for x in range(rows):
             if total.row_max[x] == -np.inf and parts.sees_a_key(
                 problem, queries, rows, x, places, scratch
@@ -246,9 +246,8 @@ def decode(element: types.Float, storage: int) -> int:
                 lse[n] = total.row_max[x] + math.log(total.row_sum[x])
 
     @glue
-    def pack(problem, item, rows, scratch):
+    def pack(problem, item, rows, places, scratch):
         """Read the queries."""
-        places = scratch.places
         for x in range(rows):
             q = on(scratch.q, x * scratch.q_length)
             source = row_at(problem.q, item.q, places.heads[x], places.rows[x])
@@ -294,7 +293,7 @@ def decode(element: types.Float, storage: int) -> int:
             lanes,
             words,
             asked,
-            places_in(data(integers), queries),
+            data(integers),
             on(asked, ASKED),
             q_length,
             v_length,
@@ -310,8 +309,9 @@ def decode(element: types.Float, storage: int) -> int:
             return
         rows = problem.num_heads // problem.num_kv_heads * item.seqlen_q
         queries = (rows + register - 1) // register * register
-        v_length, extent = scratch.v_length, scratch.places.extent
-        parts.find_places(problem, item, queries, 0, rows, scratch.places)
+        places = places_in(scratch.integers, queries)
+        v_length, extent = scratch.v_length, places.extent
+        parts.find_places(problem, item, queries, 0, rows, places)
         # The states of the head's chunks: in scratch where there is only one.
         states = address(scratch.state)
         if chunks > 1:
@@ -319,9 +319,9 @@ def decode(element: types.Float, storage: int) -> int:
         begin = max(extent[0] // BLOCK_KV * BLOCK_KV, chunk * CHUNK)
         end = min(extent[3] + 1, (chunk + 1) * CHUNK)
         if begin < end:
-            pack(problem, item, rows, scratch)
+            pack(problem, item, rows, places, scratch)
             state = state_at(states + chunk * size, rows, v_length)
-            attend_chunk(problem, item, rows, queries, begin, end, state, scratch)
+            attend_chunk(problem, item, rows, queries, begin, end, state, places, scratch)
         done = np.int64(1)
         if chunks > 1:
             head = batch * problem.num_kv_heads + kv_head
@@ -329,9 +329,8 @@ def decode(element: types.Float, storage: int) -> int:
         if done == chunks:
             begin, end = extent[0] // CHUNK, extent[3] // CHUNK
             total = state_at(address(scratch.total), rows, v_length)
-            heads = scratch.places.heads
-            merge(problem, states, size, begin, end, rows, total, heads, v_length)
-            finish(problem, item, rows, queries, total, scratch)
+            merge(problem, states, size, begin, end, rows, total, places.heads, v_length)
+            finish(problem, item, rows, queries, total, places, scratch)
 
     @kernel(element, storage)
     def decode(problem_address):

@@ -77,26 +77,27 @@ def _probe_assembly() -> tuple[str, str, str]:
 
 def _pairs_bfloat(cpu: str, assembly: str) -> bool:
     """Whether to use the dot-product unit, of which the conversion to bfloat16 is a part."""
-    is_there = re.search(r"vcvtneps2bf16\s.*%ymm", assembly) is not None
     chosen = os.environ.get(PAIRS_SWITCH, "")
     if chosen not in ("", "0", "1"):
         raise ValueError(f"{PAIRS_SWITCH} must be 0, 1 or empty: got {chosen!r}")
+    is_there = re.search(r"vcvtneps2bf16\s.*%ymm", assembly) is not None
     return is_there and (chosen == "1" or (chosen == "" and cpu in FAST_PAIRS))
 
 
 def detect() -> Host:
     """Describe the target that Numba compiles for."""
     triple, cpu, assembly = _probe_assembly()
+    pairs = _pairs_bfloat(cpu, assembly)
     if triple.startswith(("aarch64", "arm64")):
-        # 32 registers of 16 bytes: 8 x 3 accumulators, 3 columns, one broadcast.
-        return Host(cpu, "NEON", 16, True, True, (8, 3), (8, 1), 4, 16, False)
+        # 32 registers of 16 bytes. 4 x 5 keeps four units with a latency of four busy; with 24
+        # accumulators LLVM spills some in every step, whether 8 x 3 or 4 x 6.
+        return Host(cpu, "NEON", 16, True, True, (4, 5), (8, 1), 4, 16, False)
     fused = re.search(r"\bvfmadd", assembly) is not None
     # The second is AVX512-FP16's name for it.
     half = "vcvtph2ps" in assembly or "vcvtsh2ss" in assembly
     if "%zmm" in assembly:
         # 32 registers of 64 bytes. 8 x 2 keeps two units with a latency of four busy, and leaves
         # room: taller tiles spill.
-        pairs = _pairs_bfloat(cpu, assembly)
         return Host(cpu, "AVX-512", 64, fused, half, (8, 2), (8, 1), 8, 16, True, pairs)
     if "%ymm" in assembly:
         # 16 registers: 4 x 3 takes all of them (12 + 3 + 1) and has the fewest

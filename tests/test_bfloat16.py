@@ -13,7 +13,6 @@ import subprocess
 import sys
 from functools import partial
 
-import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from checks import (
@@ -31,6 +30,7 @@ from fastattn.kernels import host
 
 import fastattn
 from fastattn import reference
+from fastattn.bench import limits
 
 # Queries, keys, head_dim, head_dim_v: odd ones end with half a pair.
 SHAPES = [
@@ -116,8 +116,11 @@ def test_choice(cpu, assembly, switch, chosen, monkeypatch):
     assert host.detect().pairs_bfloat is chosen
 
 
-def test_choice_that_is_none(monkeypatch):
+@pytest.mark.parametrize("triple", ["x86_64-linux", "aarch64-linux"])
+def test_choice_that_is_none(triple, monkeypatch):
+    """Refused by every CPU, with a unit or without."""
     monkeypatch.setenv(host.PAIRS_SWITCH, "yes")
+    monkeypatch.setattr(host, "_probe_assembly", lambda: (triple, "", "mulps %xmm0, %xmm0"))
     with pytest.raises(
         ValueError, match=r"FASTATTN_BFLOAT16_UNIT must be 0, 1 or empty: got 'yes'"
     ):
@@ -130,8 +133,8 @@ def test_choice_that_is_none(monkeypatch):
 
 
 def test_with_the_unit():
-    if not llvm.get_host_cpu_features().get("avx512bf16"):
-        pytest.skip("this CPU has no dot products of bfloat16 (avx512_bf16)")
+    if not limits.unit().dots_pairs:
+        pytest.skip("the CPU that Numba compiles for has no dot products of bfloat16")
     run = subprocess.run(
         [sys.executable, __file__],
         env=os.environ | {host.PAIRS_SWITCH: "1"},

@@ -2,7 +2,8 @@
 
 Numba compiles for the CPU that NUMBA_CPU_NAME names when NUMBA_CPU_FEATURES is set as well. Each
 one needs a process of its own, which runs this file with the instruction set that it must find.
-Kept code is kept for a CPU, so that all of them share one directory.
+Kept code is kept for a CPU, so that all of them share one directory. For AArch64 the kernels are
+compiled by `cross.py`, and their assembly is read.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -111,13 +113,87 @@ def test_instruction_set(cpu, instruction_set, needed):
     assert run.returncode == 0, run.stderr
 
 
+# ---------------------------------------------------------------------------
+# AArch64, of which only the assembly is to be had here
+# ---------------------------------------------------------------------------
+
+# What kernels call beside each other: Numba's run-time, Python to report an error, and the C
+# library. A function that LLVM would have to make up, such as a conversion, is not among them.
+CALLS = r"(cfunc\.)?_ZN|fastattn_|NRT_|numba_|Py|(mem(set|cpy)|logf?|expf?)$"
+
+
+def host_on(triple, monkeypatch):
+    """Return what the package says of a CPU with NEON."""
+    monkeypatch.setattr(host, "_probe_assembly", lambda: (triple, "generic", "fmla v0.4s, v1.4s"))
+    return host.detect()
+
+
 @pytest.mark.parametrize("triple", ["aarch64-unknown-linux-gnu", "arm64-apple-darwin23.6.0"])
 def test_choice_for_arm(triple, monkeypatch):
-    monkeypatch.setattr(host, "_probe_assembly", lambda: (triple, "generic", "fmla v0.4s, v1.4s"))
-    found = host.detect()
+    found = host_on(triple, monkeypatch)
     assert (found.instruction_set, found.vector_bytes, found.fused) == ("NEON", 16, True)
     for rows, cols in (found.wide, found.narrow):
         assert rows * cols + cols + 1 <= 32, "as many registers as there are"
+
+
+@pytest.fixture(scope="module")
+def arm():
+    """Return the instructions of every block of the kernels, by function, as a list of lists."""
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("cross.py"), "aarch64-linux-gnu", "neoverse-n1"],
+        capture_output=True,
+        text=True,
+        check=False,  # the reason is in stderr
+    )
+    assert run.returncode == 0, run.stderr
+    functions = {}
+    for line in run.stdout.splitlines():
+        if label := re.match(r"([\w.$]+):", line):
+            if not label[1].startswith("."):
+                blocks = functions.setdefault(label[1], [])
+            blocks.append([])
+        elif instruction := re.match(r"\t(\w[^.].*)", line):
+            blocks[-1].append(instruction[1])
+    return functions
+
+
+def busiest(functions, name):
+    """Return the block of a routine with the most multiply-adds."""
+    (blocks,) = (
+        functions[each] for each in functions if name in each and not each.startswith("cfunc")
+    )
+    return max(blocks, key=lambda block: sum(line.startswith("fmla") for line in block))
+
+
+def test_products_for_arm(arm, monkeypatch):
+    """Four steps, every sum in its register, and few instructions beside the multiply-adds."""
+    rows, cols = host_on("aarch64-linux-gnu", monkeypatch).wide
+    for product in ("scores", "values"):
+        loop = busiest(arm, f"fastattn_{product}_float32_{cols}B")
+        multiply_adds = [line for line in loop if line.startswith("fmla") and ".4s" in line]
+        assert len(multiply_adds) == 4 * rows * cols
+        assert len(loop) <= 1.5 * len(multiply_adds), loop
+        assert not any("[sp" in line for line in loop), "what is kept in memory"
+
+
+def test_arithmetic_for_arm(arm):
+    """Loops over registers stay such: no lane is taken out, every sum and product is of four."""
+    names = ["update_float32", "row_softmax_float32", "cap_float32"]
+    names += [f"row_{product}_float32_2_4" for product in ("scores", "values")]
+    for name in names:
+        loop = busiest(arm, f"fastattn_{name}B")
+        assert any(line.startswith("fmla") for line in loop), name
+        for line in loop:
+            assert not re.match(r"(umov|smov|ins|fmadd|fcvt)\t", line), line
+            if re.match(r"f(add|sub|mul|mla|div|cvtl)", line):
+                assert ".4s" in line, line
+
+
+def test_calls_for_arm(arm):
+    lines = [line for blocks in arm.values() for block in blocks for line in block]
+    called = {line.split()[1] for line in lines if re.match(r"bl\t", line)}
+    assert "fastattn_scores_float32_1" in called
+    assert not [name for name in called if not re.match(CALLS, name)]
 
 
 if __name__ == "__main__":

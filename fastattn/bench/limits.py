@@ -62,14 +62,17 @@ class Unit(NamedTuple):
 
     vector_bytes: int
     fused: bool
+    dots_pairs: bool  # of bfloat16
 
 
-# As wide as any register: LLVM takes as many as are needed of those that there are.
+# As wide as any register: LLVM takes as many as are needed of those that there are. The conversion
+# to bfloat16 is a part of the unit for dots of pairs.
 _PROBE = """
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)
-define <16 x float> @probe(<16 x float> %x) {
+define <16 x bfloat> @probe(<16 x float> %x) {
   %y = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %x, <16 x float> %x, <16 x float> %x)
-  ret <16 x float> %y
+  %z = fptrunc <16 x float> %y to <16 x bfloat>
+  ret <16 x bfloat> %z
 }
 """
 
@@ -82,7 +85,8 @@ def unit() -> Unit:
     assembly = machine.emit_assembly(llvm.parse_assembly(_PROBE))
     widths = {"%zmm": 64, "%ymm": 32}
     vector_bytes = next((widths[name] for name in widths if name in assembly), 16)
-    return Unit(vector_bytes, re.search(r"\b(vfmadd|fmla)", assembly) is not None)
+    fused = re.search(r"\b(vfmadd|fmla)", assembly) is not None
+    return Unit(vector_bytes, fused, "vcvtneps2bf16" in assembly)
 
 
 def chains() -> int:
@@ -199,7 +203,7 @@ def multiply_adds(dtype: str) -> Limit:
         return _limit(_multiply_adds, np.zeros(THREADS, np.float64), 2)
     results = np.zeros(THREADS, np.float32)
     single = _limit(_multiply_adds, results, 2)
-    if dtype != "bfloat16" or not llvm.get_host_cpu_features().get("avx512bf16"):
+    if dtype != "bfloat16" or not unit().dots_pairs:
         return single
     in_pairs = _limit(_dots, results, 4)
     return max(single, in_pairs, key=lambda limit: limit.amount / _timed(limit.run))

@@ -250,14 +250,33 @@ class KVCache:
         self._set_lengths(kept)
 
     def truncate(self, lengths: ArrayLike) -> None:
-        """Forget the tokens from `lengths` on, an int or (batch,) ints of at most `lengths`.
+        """Forget the tokens from `lengths` on.
 
         What a cache with a window has dropped before does not come back.
+
+        Parameters
+        ----------
+        lengths : int or (batch,) ints
+
+        Raises
+        ------
+        TypeError, ValueError
+            For lengths that are not integers, below 0 or above those of the cache.
         """
         self._set_lengths(check_integers("lengths", lengths, self._lengths.shape, 0, self._lengths))
 
     def reorder(self, indices: ArrayLike) -> None:
-        """Let every sequence b become a copy of sequence ``indices[b]``, as in a beam search."""
+        """Let every sequence b become a copy of sequence ``indices[b]``, as in a beam search.
+
+        Parameters
+        ----------
+        indices : (batch,) ints
+
+        Raises
+        ------
+        TypeError, ValueError
+            For indices that are not integers, or name no sequence.
+        """
         batch = len(self._lengths)
         sources = check_integers("indices", indices, (batch,), 0, batch - 1)
         changed = np.flatnonzero(sources != np.arange(batch))
@@ -374,6 +393,16 @@ class KVCache:
         """Write the cache to a file in NumPy's npz format, free room aside.
 
         The file appears under its name when it is complete.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Taken as it is: no ending is added.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
         """
         rows = slice(0, self._longest)
         content: dict[str, Array] = {
@@ -417,7 +446,8 @@ class KVCache:
             *(ValueError, TypeError, KeyError, EOFError, AttributeError, MemoryError),
             *(zipfile.BadZipFile, zlib.error, NotImplementedError, OverflowError),
         ) as error:
-            raise ValueError(f"path must be a file that KVCache.save wrote: {error}") from None
+            # The reason is an attachment: NumPy's may advise to unpickle the file.
+            raise ValueError(f"path must be a file that KVCache.save wrote: got {path}") from error
 
     @classmethod
     def _from_file(cls, file: BinaryIO) -> KVCache:

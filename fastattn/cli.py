@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except _EXPECTED as error:
-        print(f"fastattn {options.command}: {error}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            said = f"{error.filename}: {error.strerror}"
+        print(f"fastattn {options.command}: {said}", file=sys.stderr)
         return 2
     return status
 

@@ -126,13 +126,24 @@ class PagedKVCache:
         return self._storage.nbytes
 
     def lengths(self, ids: Sequence[int]) -> Array:
-        """Return the tokens of sequences, int64 (len(ids),)."""
+        """Return the numbers of tokens of some sequences, int64 (len(ids),).
+
+        Raises
+        ------
+        TypeError, ValueError
+            For ids that are not those of sequences.
+        """
         return np.array([self._lengths[each] for each in self._known_ids(ids)], np.int64)
 
     def add(self, share: int | None = None) -> int:
         """Add a sequence and return its id: empty, or with the tokens of the sequence `share`.
 
         Nothing is copied: the tokens are shared until one of both writes to their last page.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `share` is not the id of a sequence.
         """
         table: list[int] = []
         length = 0
@@ -147,7 +158,13 @@ class PagedKVCache:
         return new
 
     def free(self, id: int) -> None:  # noqa: A002, as `add` returns it
-        """Forget a sequence; pages that nobody else uses are free again."""
+        """Forget a sequence; pages that nobody else uses are free again.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `id` is not that of a sequence; ids are never used again.
+        """
         (known,) = self._known_ids([id], "id")
         for page in self._tables.pop(known):
             self._users[page] -= 1
@@ -402,9 +419,8 @@ class PagedKVCache:
         for each in known.tolist():
             if each not in self._tables:
                 what = "was freed" if each < self._next_id else "was never added"
-                raise ValueError(
-                    f"{name} must be sequences of this cache: got {each}, which {what}"
-                )
+                kind = "sequences" if name == "ids" else "a sequence"
+                raise ValueError(f"{name} must be {kind} of this cache: got {each}, which {what}")
         if unique and len(set(known.tolist())) < len(known):
             raise ValueError(f"{name} must name each sequence once: got {known}")
         found: list[int] = known.tolist()

@@ -5,7 +5,9 @@ Each returns a `matplotlib.figure.Figure`: its ``savefig`` writes it, a notebook
 Nothing is shown from here, and no style, backend or pyplot state of the process is touched. With
 `ax`, one picture is drawn into axes of the caller's, whose figure comes back.
 
-matplotlib is loaded with the first picture: ``pip install 'fastattn[plot]'``.
+matplotlib is loaded with the first picture: ``pip install 'fastattn[plot]'``. It draws boxes for
+letters that its font lacks, such as Chinese: name a font that has them in ``rcParams``, in
+``font.family`` and, for `saliency`, in ``font.monospace``.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
+from unicodedata import combining, east_asian_width
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,7 +44,8 @@ _SMALLEST_LETTERS, _LARGEST_LETTERS = 6.0, 10.0
 _LINE = 1.2  # height of a line over that of its letters
 _WORD_LINE = 2.4  # the same where words are shaded boxes
 _ADVANCE = 0.602  # width of a letter over its height, in the monospaced font of matplotlib
-_LONGEST_LABEL = 16
+_BEGINNING, _END = 9, 6  # of a label that is too long: words often differ at their end
+_LONGEST_LABEL = _BEGINNING + 1 + _END
 
 # Letters across a text. The scale below it and its label need some width, too.
 _COLUMNS, _FEWEST_COLUMNS = 88, 40
@@ -243,7 +247,7 @@ def saliency(
     shares = means.mean(axis=0) if query is None else means[query]
     darkest = _darkest(shares, vmax)
 
-    letters, lengths = _LARGEST_LETTERS, [len(text) for text in texts]
+    letters, lengths = _LARGEST_LETTERS, [_cells(text) for text in texts]
     if ax is None:
         places, columns, lines = _wrapped(lengths, _COLUMNS)
         height, width = lines * _WORD_LINE * letters / 72, columns * _ADVANCE * letters / 72
@@ -328,7 +332,7 @@ def heat_map_text(
     darkest = _darkest(matrix, vmax)
     if len(shades) < 2:
         raise ValueError(f"shades must be at least 2 characters: got {shades!r}")
-    margin = max(map(len, rows)) + 1
+    margin = max(map(_cells, rows)) + 1
     room = check_int("columns", columns) - margin
     if room < 1:
         raise ValueError(f"columns must be more than {margin}, beside the queries: got {columns}")
@@ -341,11 +345,13 @@ def heat_map_text(
     heading = [names[start] for start in starts]
     deepest = max(map(len, heading))
     lines = [
-        " " * margin + "".join(f"{letter:{width}}" for letter in letters)
+        " " * margin + "".join(letter + " " * (width - _cells(letter)) for letter in letters)
         for letters in zip(*(name.rjust(deepest) for name in heading), strict=True)
     ]
     lines += [
-        f"{row:>{margin - 1}} " + "".join(shades[step] * width for step in line)
+        " " * (margin - 1 - _cells(row))
+        + f"{row} "
+        + "".join(shades[step] * width for step in line)
         for row, line in zip(rows, steps, strict=True)
     ]
     if together > 1:
@@ -560,7 +566,7 @@ def _draw_word(
 ) -> None:
     from matplotlib.patches import Rectangle
 
-    width = len(text) + 1.0
+    width = _cells(text) + 1.0
     ax.add_patch(Rectangle((x, line + 0.1), width, 0.8, facecolor=colour, edgecolor="none"))
     dark = np.dot(colour[:3], (0.299, 0.587, 0.114)) < 0.5
     ax.text(
@@ -625,7 +631,7 @@ def _labels(
 
 
 def _texts(name: str, tokens: Tokens, count: int) -> list[str]:
-    """Return tokens as they are written: no control characters, not too long."""
+    """Return tokens as they are written: no control characters, long ones without their middle."""
     if len(tokens) != count:
         raise ValueError(
             f"{name} must have as many tokens as weights have: got {len(tokens)} and {count}"
@@ -634,8 +640,14 @@ def _texts(name: str, tokens: Tokens, count: int) -> list[str]:
         "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(token)) for token in tokens
     ]
     return [
-        text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…" for text in texts
+        text if len(text) <= _LONGEST_LABEL else f"{text[:_BEGINNING]}…{text[-_END:]}"
+        for text in texts
     ]
+
+
+def _cells(text: str) -> int:
+    """Return how many letters of a monospaced font are as wide: Chinese ones count twice."""
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _margin(labels: list[str] | None) -> float:

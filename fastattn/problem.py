@@ -643,7 +643,7 @@ def check_shapes(q: Shape, k: Shape, v: Shape) -> Shape:
     *k_batch, num_kv_heads, seqlen_kv, key_dim = k
     *v_batch, value_heads, value_rows, _ = v
     if head_dim != key_dim:
-        raise ValueError(f"key.shape[-1] must equal query.shape[-1]: got {head_dim} and {key_dim}")
+        raise ValueError(f"key.shape[-1] must equal query.shape[-1]: got {key_dim} and {head_dim}")
     if head_dim == 0:
         raise ValueError(f"query must have a head_dim of at least 1: got shape {q}")
     if seqlen_kv != value_rows:
@@ -659,7 +659,8 @@ def check_shapes(q: Shape, k: Shape, v: Shape) -> Shape:
     if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
         raise ValueError(
             "the number of heads of key must divide that of query: "
-            f"got {num_kv_heads} and {num_heads}"
+            f"got {num_kv_heads} and {num_heads}, "
+            f"as (..., heads, length, features) are {(*k,)} and {(*q,)}"
         )
     if q_batch == k_batch == v_batch:
         return tuple(q_batch)
@@ -676,9 +677,15 @@ def _broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
     try:
         return np.broadcast_to(x, shape)
     except ValueError:
+        # Most often a mask of padding, or one for each text, without an axis for the heads.
+        per_text = (
+            len(shape) == 4 and x.ndim in (2, 3) and x.shape[:: len(x.shape) - 1] == shape[::3]
+        )
+        axes = ", None" * (4 - x.ndim)
+        hint = f" (if its first axis is the batch, {name}[:{axes}] has room for heads)"
         raise ValueError(
             f"{name} must broadcast to (..., num_heads, seqlen_q, seqlen_kv) = {shape}: "
-            f"got shape {x.shape}"
+            f"got shape {x.shape}{hint if per_text else ''}"
         ) from None
 
 
@@ -760,7 +767,8 @@ def check_range(name: str, numbers: int | Array, low: int, high: int) -> None:
     else:
         return
     if least < low or most > high:
-        raise ValueError(f"{name} must lie between {low} and {high}: got {least} to {most}")
+        came = least if least == most else f"{least} to {most}"
+        raise ValueError(f"{name} must lie between {low} and {high}: got {came}")
 
 
 def check_bounds(causal: bool | str, window: Any) -> tuple[int, int]:

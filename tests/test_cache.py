@@ -641,7 +641,7 @@ class TestFiles:
             contents.append(file.getvalue())
         for content in contents:
             path.write_bytes(content)
-            with pytest.raises(ValueError, match="path must be a file that KVCache"):
+            with pytest.raises(ValueError, match=rf"a file that KVCache.save wrote: got {path}$"):
                 KVCache.load(path)
 
     @pytest.mark.parametrize(
@@ -810,6 +810,8 @@ class TestPagedKVCache:
                 call(-1)
             with pytest.raises(TypeError, match="must be an int or ints"):
                 call(0.5)
+        with pytest.raises(ValueError, match=r"^id must be a sequence of this cache: got 99"):
+            cache.free(99)
         with pytest.raises(ValueError, match="must name each sequence once"):
             cache.append([known, known], *(np.repeat(x, 2, 0) for x in (key, value)))
         for starts in ([0, 2], [1, 1], [0], [0, 1, 1], [[0, 1]]):

@@ -109,12 +109,12 @@ SHAPES = [
         for name in ("query", "key", "value")
     ),
     (attention, {"query": ones(2, 4, 5, 9)}, ValueError,
-     r"^key\.shape\[-1\] must equal query\.shape\[-1\]: got 9 and 8$"),
+     r"^key\.shape\[-1\] must equal query\.shape\[-1\]: got 8 and 9$"),
     (attention, {"query": ones(2, 4, 5, 0), "key": ones(2, 2, 7, 0)}, ValueError,
      r"^query must have a head_dim of at least 1: got shape \(2, 4, 5, 0\)$"),
     *(
         (attention, {"key": ones(2, heads, 7, 8), "value": ones(2, heads, 7, 6)}, ValueError,
-         rf"^the number of heads of key must divide that of query: got {heads} and 4$")
+         rf"^the number of heads of key must .* {heads} and 4, as .* \(2, {heads}, 7, 8\) and ")
         for heads in (0, 3, 8)
     ),
     (attention, {"value": ones(2, 4, 7, 6)}, ValueError,
@@ -132,6 +132,9 @@ SHAPES = [
     (attention, {"query": ones(2, 5, 4, 8), "key": ones(2, 7, 2, 8), "value": ones(2, 7, 2, 6),
                  "layout": "blhd", "mask": ones(2, 5, 4, 7, dtype=bool)}, ValueError,
      r"^mask must broadcast to .* = \(2, 4, 5, 7\): got shape \(2, 5, 4, 7\)$"),
+    (attention, {"mask": ones(2, 7) > 0}, ValueError,
+     r"got shape \(2, 7\) \(if its first axis is the batch, mask\[:, None, None\] has room for "),
+    (attention, {"mask": ones(2, 5, 7) > 0}, ValueError, r"the batch, mask\[:, None\] has room"),
 ]  # fmt: skip
 
 KEYWORDS = [
@@ -403,7 +406,7 @@ VARLEN = [
     (varlen_attention, {"mask_mod": 3}, TypeError, r"^mask_mod must be a function"),
     (varlen_attention, {"out": ones(9, 4, 5)}, ValueError, r"^out must have the result's shape"),
     (varlen_attention, {"key": ones(7, 3, 8), "value": ones(7, 3, 6)}, ValueError,
-     r"^the number of heads of key must divide that of query: got 3 and 4$"),
+     r"^the number of heads of key must divide that of query: got 3 and 4, as "),
 ]  # fmt: skip
 
 OUTS = [
@@ -455,7 +458,7 @@ TORCH = [
     (scaled_dot_product_attention, {"enable_gqa": False}, ValueError,
      r"^query, key and value must have equal numbers of heads.* without enable_gqa: got 4, 2, 2$"),
     (scaled_dot_product_attention, {"key": ones(2, 3, 7, 8), "value": ones(2, 3, 7, 6)}, ValueError,
-     r"^the number of heads of key must divide that of query: got 3 and 4$"),
+     r"^the number of heads of key must divide that of query: got 3 and 4, as "),
     (scaled_dot_product_attention, {"query": ones(8)}, ValueError,
      r"^query must have at least 2 dimensions: got shape \(8,\)$"),
     (scaled_dot_product_attention, {"scale": NAN}, ValueError, r"^scale must be finite: got nan$"),
@@ -474,7 +477,7 @@ WEIGHTS = [
         for rows in (1.0, "1", True, [True] * 5, slice(0.5, None))
     ),
     (attention_weights, {"key": ones(2, 2, 7, 9)}, ValueError,
-     r"^key\.shape\[-1\] must equal query\.shape\[-1\]: got 8 and 9$"),
+     r"^key\.shape\[-1\] must equal query\.shape\[-1\]: got 9 and 8$"),
     (attention_weights, {"query": ones(8)}, ValueError, r"^query must have at least 2 dimensions"),
     (attention_weights, {"query": ones(2, 4, 5, 8, dtype=complex)}, TypeError,
      r"^query must be float16.*: got complex128$"),

@@ -469,7 +469,7 @@ class TestErrors:
             ({"query": 2}, ValueError, r"features in one chunk.*rechunk.*got chunks of \(10, 10\)"),
             ({"value": 2}, ValueError, "value must have its features in one chunk"),
             ({"key": 3}, ValueError, "key must have chunks of known sizes.*compute_chunk_sizes"),
-            ({"key": 4}, ValueError, r"key.shape\[-1\] must equal query.shape\[-1\]: got 20 and 7"),
+            ({"key": 4}, ValueError, r"key.shape\[-1\] must equal query.shape\[-1\]: got 7 and 20"),
             ({"mask": MASK.astype(int)}, TypeError, "mask must be bool"),
             ({"mask": da.ones((LQ, LK + 1), dtype=bool)}, ValueError, "mask must broadcast"),
             ({"bias": da.from_array(MASK)}, TypeError, "bool array is a mask"),

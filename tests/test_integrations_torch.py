@@ -240,6 +240,17 @@ class TestOperator:
         with pytest.raises(ValueError, match=r"key.shape\[-1\] must equal query.shape\[-1\]"):
             scaled_dot_product_attention(query, key[..., :3], value)
 
+    def test_fewer_heads_need_a_word(self):
+        x = torch.ones(1, 4, 5, 8)
+        with pytest.raises(RuntimeError, match=r"enable_gqa=True: got \(1, 4\), \(1, 2\), "):
+            scaled_dot_product_attention(x, x[:, :2], x[:, :2])
+
+    @pytest.mark.parametrize("name", ["key", "mask", "bias", "sinks"])
+    def test_arrays_are_no_tensors(self, name, rng):
+        tensors = dict(zip(("query", "key", "value"), make_tensors(rng), strict=True))
+        with pytest.raises(TypeError, match=f"^{name} must be a tensor: got ndarray$"):
+            attention(**{**tensors, name: np.ones(3)})
+
 
 class TestLeftToTorch:
     """What is not for this library is torch's, errors included, with a warning for each reason."""

@@ -222,14 +222,23 @@ def test_heads_are_readable(tokens, rng):
 
 def test_tokens_are_written_as_they_are(rng, tmp_path):
     """No mathematics between dollars, no line breaks, no endless words."""
-    tokens = ["$x$", "a\nb", "", "w" * 40, 7, "\ud800"]
-    written = ["$x$", r"a\nb", "", "w" * 15 + "…", "7", r"\ud800"]
+    tokens = ["$x$", "a\nb", "", "w" * 40 + "1", 7, "\ud800"]
+    written = ["$x$", r"a\nb", "", "w" * 9 + "…" + "w" * 5 + "1", "7", r"\ud800"]
     weights = some_weights(rng, 6, 6)
     for figure in (plot.heat_map(weights, tokens), plot.heads(weights[None], tokens)):
         assert labels(drawn(figure, tmp_path).axes[0].xaxis) == written
     figure = drawn(plot.saliency(weights, tokens, title="$a$ and $b$"), tmp_path)
     assert [text.get_text() for text in figure.axes[0].texts] == written
     assert not figure.axes[0].title.get_parse_math()
+
+
+def test_wide_letters_take_two_places(rng):
+    """Chinese words have boxes as wide as they are, and do not shift the rows of a terminal."""
+    weights = some_weights(rng, 2, 2)
+    boxes = plot.saliency(weights, ["日本語", "cat"]).axes[0].patches
+    assert [box.get_width() for box in boxes] == [7, 4]
+    lines = plot.heat_map_text(np.ones((2, 2)), ["日本", "cat"]).splitlines()
+    assert lines[:5] == ["       c", "     日a", "     本t", "日本 ████", " cat ████"]
 
 
 def test_axes_of_the_caller(rng, tmp_path):
@@ -309,7 +318,7 @@ ERRORS = [
      r"^weights must have shape \(seqlen_q, .*\) or \(num_heads, .*\) and .*: got \(3,\)$"),
     (plot.saliency, (EYE, ["a"] * 2), {}, ValueError, r"^tokens must have .*: got 2 and 3$"),
     (plot.saliency, (EYE, ["a"] * 3), {"query": 3}, ValueError,
-     r"^query must lie between 0 and 2: got 3 to 3$"),
+     r"^query must lie between 0 and 2: got 3$"),
     (plot.saliency, (EYE, ["a"] * 3), {"query": -1}, ValueError, r"^query must lie between"),
     (plot.saliency, (EYE, ["a"] * 3), {"query": 1.0}, TypeError, r"^query must be an int: got 1"),
     (plot.block_mask, (EYE,), {}, TypeError, r"^mask must be a BlockMask or integers: got float64"),
@@ -317,9 +326,9 @@ ERRORS = [
     (plot.block_mask, ([0, 1],), {}, ValueError,
      r"^mask must have shape \(num_q_blocks, num_kv_blocks\): got shape \(2,\)$"),
     (plot.block_mask, (Blocks(EYES[None]),), {"batch": 0, "head": 2}, ValueError,
-     r"^head must lie between 0 and 1: got 2 to 2$"),
+     r"^head must lie between 0 and 1: got 2$"),
     (plot.block_mask, (Blocks(EYES[:, None]),), {"batch": -1}, ValueError,
-     r"^batch must lie between 0 and 1: got -1 to -1$"),
+     r"^batch must lie between 0 and 1: got -1$"),
 ]  # fmt: skip
 
 

@@ -34,7 +34,10 @@ def chosen(words: Sequence[str]) -> list[Case]:
         matches = matches or [case for case in CASES if word == case.target or word in case.name]
         if not matches:
             groups = ", ".join(dict.fromkeys(case.target for case in CASES))
-            raise ValueError(f"no case is named {word!r}: the groups are {groups}")
+            raise ValueError(
+                f"no case is named {word!r}: the groups are {groups}, "
+                "and fastattn bench --list names every case"
+            )
         found |= dict.fromkeys(matches)
     return [case for case in (found or CASES) if can_run(case)]
 

@@ -169,6 +169,9 @@ def _obstacle(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+_TENSORS = ("query", "key", "value", "mask", "bias", "alibi_slopes", "sinks")
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -221,6 +224,10 @@ def attention(
     >>> attention(query, key, value, causal=True, window=(1, 0)).shape
     torch.Size([1, 4, 3, 8])
     """
+    given = (query, key, value, mask, bias, alibi_slopes, sinks)
+    for name, x in zip(_TENSORS, given, strict=True):
+        if not isinstance(x, torch.Tensor) and x is not None:
+            raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
     obstacle = _obstacle(query, key, value)
     if obstacle is not None:
         raise ValueError(
@@ -327,7 +334,14 @@ def scaled_dot_product_attention(
         )
     if not (enable_gqa or query.shape[:-2] == key.shape[:-2] == value.shape[:-2]):
         # torch then knows no head axis, and broadcasts all that stand before the last two.
-        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        shapes = [tuple(x.shape[:-2]) for x in (query, key, value)]
+        try:
+            batch = torch.broadcast_shapes(*shapes)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the axes of query, key and value before the last two must broadcast, or have "
+                f"fewer kv heads with enable_gqa=True: got {', '.join(map(str, shapes))}"
+            ) from error
         query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
     # Only what differs from the operator's defaults: each argument takes half a microsecond.
     keywords: dict[str, Any] = {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.arguments import check_int
 from fastattn.kernels.record import field
-from fastattn.problem import UNBOUNDED, Problem, as_array
+from fastattn.problem import UNBOUNDED, Packed, Pages, Problem, as_array
 from fastattn.run import run_packed
 from fastattn.storage import (
     REPEATABLE,
@@ -27,6 +27,14 @@ from fastattn.storage import (
 _PAGES, _PAGES_STEP, _PAGE_SIZE, _LENGTHS, _POSITIONS = (
     field(name) for name in ("pages", "pages_step", "page_size", "lengths", "positions")
 )
+
+
+class _Placed(NamedTuple):
+    """Where sequences lie, as long as their tables are these."""
+
+    tables: list[tuple[int, ...]]
+    pages: Pages
+    fields: tuple[int, int, int]  # address, pages_step and page_size of a record
 
 
 class PagedKVCache:
@@ -103,12 +111,14 @@ class PagedKVCache:
             head_dim_v,
             check_storage_dtype(dtype),
         )
-        self._tables: dict[int, list[int]] = {}
+        # A table is replaced, never changed: what is equal to it is still true of it.
+        self._tables: dict[int, tuple[int, ...]] = {}
         self._lengths: dict[int, int] = {}
         self._users = [0] * num_pages
         self._free = list(range(num_pages))[::-1]
         self._next_id = 0
         self._known: dict[Any, Problem] = {}
+        self._placed: dict[tuple[int, ...], _Placed] = {}
 
     @property
     def dtype(self) -> Any:
@@ -145,11 +155,11 @@ class PagedKVCache:
         TypeError, ValueError
             If `share` is not the id of a sequence.
         """
-        table: list[int] = []
+        table: tuple[int, ...] = ()
         length = 0
         if share is not None:
             (shared,) = self._known_ids([share], "share")
-            table, length = list(self._tables[shared]), self._lengths[shared]
+            table, length = self._tables[shared], self._lengths[shared]
         for page in table:
             self._users[page] += 1
         new = self._next_id
@@ -241,9 +251,10 @@ class PagedKVCache:
             mine = self._take()
             self._storage.move(mine, page)
             self._users[page] -= 1
-            self._tables[each][-1] = mine
+            self._tables[each] = (*self._tables[each][:-1], mine)
         for each, n in added:
-            self._tables[each] += [self._take() for _ in range(n)]
+            if n:
+                self._tables[each] += tuple(self._take() for _ in range(n))
 
     def _take(self) -> int:
         page = self._free.pop()
@@ -328,7 +339,8 @@ class PagedKVCache:
         keywords = {name: x for name, x in keywords.items() if x is not None}
         known = self._known_ids(ids, unique=False)
         lengths = np.array([self._lengths[each] for each in known], np.int64)
-        problem = self._repeated(query, lengths, keywords) if cu_seqlens_q is None else None
+        placed = self._place(known)
+        problem = self._repeated(query, lengths, placed, keywords) if cu_seqlens_q is None else None
         if problem is None:
             q = as_array("query", query)
             if q.ndim != 3:
@@ -337,75 +349,87 @@ class PagedKVCache:
                 )
             starts = _starts("cu_seqlens_q", cu_seqlens_q, len(known), len(q))
             problem = check_attend_packed(q, starts, self._storage, lengths, keywords)
-        pages = self._pages(known)
-        problem.record[_PAGES] = pages.ctypes.data
-        problem.record[_PAGES_STEP] = pages.shape[1]
-        problem.record[_PAGE_SIZE] = self.page_size
-        assert problem.packed is not None  # as it was checked
-        packed = problem.packed._replace(pages=pages, page_size=self.page_size)
-        run_packed(problem._replace(packed=packed))
+            assert problem.packed is not None  # as it was checked
+            problem = problem._replace(packed=problem.packed._replace(pages=placed.pages))
+        record = problem.record
+        record[_PAGES], record[_PAGES_STEP], record[_PAGE_SIZE] = placed.fields
+        run_packed(problem)
         if problem.result_lse is not None:
             return problem.result, problem.result_lse
         return problem.result
 
-    def _repeated(self, query: Any, lengths: Array, keywords: dict[str, Any]) -> Problem | None:
+    def _repeated(
+        self, query: Any, lengths: Array, placed: _Placed, keywords: dict[str, Any]
+    ) -> Problem | None:
         """Return a call, of one query for each sequence, that differs from a checked one in arrays.
 
         As in `KVCache`; None where it may differ in more.
         """
-        if not (type(query) is np.ndarray and keywords.keys() <= REPEATABLE):
+        if not (
+            type(query) is np.ndarray
+            and query.ndim == 3
+            and len(query) == len(lengths)
+            and keywords.keys() <= REPEATABLE
+        ):
             return None
         kind = type(keywords.get("causal"))  # 1 is no bool, though it equals one
-        name = (query.shape, query.strides, query.dtype, kind, *keywords.values(), *keywords)
+        name = (query.shape, query.dtype, kind, *keywords.values(), *keywords)
         try:
             known = self._known.get(name)
         except TypeError:  # something that has no hash
             return None
         if known is None:
-            if query.ndim != 3 or len(query) != len(lengths):
-                return None
             starts = np.arange(len(lengths) + 1)
             known = check_attend_packed(query, starts, self._storage, lengths, keywords)
             if known.result.dtype != query.dtype:
-                return known
+                return None
             known = without_arrays(known)
             remember(self._known, name, known)
-        elif len(query) != len(lengths):
-            return None
         # What differs is this call's own: others of the same shape may run at the same time.
-        assert known.packed is not None  # as it was checked
-        record, position = known.record.copy(), known.packed.position
+        packed, form = known.packed, known.format
+        assert packed is not None  # as it was checked
+        record, position = known.record.copy(), packed.position
         record[_LENGTHS] = lengths.ctypes.data
-        if isinstance(position, np.ndarray):
+        if type(position) is not int:
             position = lengths - 1
             record[_POSITIONS] = position.ctypes.data
-        view = known.format.view
         result = np.empty(known.frame.result, query.dtype)
+        q, o = query, result
+        if form.view is not query.dtype:
+            q, o = query.view(form.view), result.view(form.view)
         lse, result_lse = known.lse, None
         if known.result_lse is not None:
             result_lse = np.empty(known.result_lse.shape, known.result_lse.dtype)
             lse = result_lse[None]
-        return known._replace(
-            query=query.swapaxes(0, 1)[None].view(view),
-            out=result.swapaxes(0, 1)[None].view(view),
-            lse=lse,
-            record=record,
-            result=result,
-            result_lse=result_lse,
-            owners=(known.owners, lengths, position),
-            packed=known.packed._replace(lengths=lengths, position=position),
+        return Problem(
+            q.swapaxes(0, 1)[None],
+            known.key,
+            known.value,
+            o.swapaxes(0, 1)[None],
+            *(lse, record, form, known.frame, result, result_lse),
+            (known.owners, lengths, position),
+            known.stored,
+            Packed(packed.starts, packed.queries, lengths, position, *packed[4:6], placed.pages),
+            known.permits_bfloat,
         )
 
-    def _pages(self, ids: list[int]) -> Array:
-        """Return the numbers of the pages of sequences, (len(ids), most pages of one)."""
+    def _place(self, ids: list[int]) -> _Placed:
+        """Return where sequences lie."""
         tables = [self._tables[each] for each in ids]
+        name = tuple(ids)
+        known = self._placed.get(name)
+        if known is not None and known.tables == tables:
+            return known
         pages = np.zeros((len(ids), max([1, *map(len, tables)])), np.int64)
         for row, table in zip(pages, tables, strict=True):
             row[: len(table)] = table
         # Whatever happened to the tables, no page outside the pool is read.
         if pages.size and (pages.min() < 0 or pages.max() >= len(self._users)):
             raise ValueError(f"pages must lie between 0 and {len(self._users) - 1}")
-        return pages
+        fields = pages.ctypes.data, pages.shape[1], self.page_size
+        known = _Placed(tables, Pages(pages, self.page_size), fields)
+        remember(self._placed, name, known)
+        return known
 
     def _known_ids(self, ids: Sequence[int], name: str = "ids", unique: bool = True) -> list[int]:
         """Return ids of sequences that exist."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fastattn.kernels.record import CHUNK
-from fastattn.problem import Array, Frame, Packed
+from fastattn.problem import Array, Frame, Packed, Pages
 
 
 class Plan(NamedTuple):
@@ -81,70 +81,77 @@ def is_long(work: int, workers: int) -> bool:
     return work > LONG_WORK * workers
 
 
-def are_few(frame: Frame, packed: Packed) -> Array:
-    """Return for which of packed sequences the decode kernel runs, by what is theirs alone.
-
-    Not for those without queries, for which nothing does.
-    """
-    rows = frame.num_heads // frame.num_kv_heads * packed.queries
-    most = np.where(packed.lengths <= CHUNK, _MOST_ROWS_OF_ONE_CHUNK, _MOST_ROWS)
-    few: Array = (rows > 0) & (rows <= most)
-    return few
-
-
 class Chunks(NamedTuple):
     """How the decode kernel takes packed sequences."""
 
-    plan: Plan
+    queries: Array  # of each sequence; 0 where it is not taken
+    rows: int  # that share a kv head in one sequence, at most
     work: Array  # (items, 3): chunk of keys, first member, last member and one
     members: Array  # (members, 2): sequence, chunks of those before it
-    rows: int  # queries that share a kv head in one sequence, at most
+    states: int  # to be kept of each kv head, until all chunks of a sequence are done
+    addresses: tuple[int, int]  # of work and members
 
 
-def plan_chunks(frame: Frame, packed: Packed, chosen: Array, threads: int) -> Chunks:
-    """Return the work of the decode kernel for some of packed sequences.
+class Division(NamedTuple):
+    """Which kernel runs for which of packed sequences."""
 
-    An item is a chunk of the keys of one kv head, for every sequence that has it in the same pages:
-    its keys come from memory once.
-    """
-    queries = packed.queries * chosen
-    # Lengths in units that end with every chunk and page: token by token, the work stays the same.
-    unit = math.gcd(CHUNK, packed.page_size)
-    units = -(-packed.lengths // unit)
-    tables = None if packed.pages is None else (packed.pages.tobytes(), packed.pages.shape)
-    most_items = threads * _ITEMS_PER_WORKER
-    work, members = _chunk_items(
-        *((queries > 0).tobytes(), units.tobytes(), unit),
-        *(tables, packed.page_size, -(-most_items // frame.num_kv_heads)),
-    )
-    group_size = frame.num_heads // frame.num_kv_heads
-    pairs = int(queries @ packed.lengths) * frame.num_heads
-    multiply_adds = pairs * (frame.head_dim + frame.head_dim_v)
-    serial = threads == 1 or multiply_adds < SERIAL_WORK
-    workers = 1 if serial else min(threads, len(work) * frame.num_kv_heads)
-    rows = group_size * int(queries.max(initial=0))
-    return Chunks(Plan(True, 1, workers, is_long(multiply_adds, workers)), work, members, rows)
+    chunks: Chunks | None  # what the decode kernel does, where it runs for any
+    many: Array | None  # for which sequences the prefill kernel runs, if any
+
+
+def divide(frame: Frame, packed: Packed, threads: int) -> Division:
+    """Divide packed sequences between the kernels, each by what is its own alone."""
+    pages = packed.pages
+    # Lengths in units that end with every chunk and page: token by token, all stays the same.
+    unit = int(CHUNK) if pages is None else math.gcd(CHUNK, pages.size)
+    units = (packed.lengths + (unit - 1)) // unit
+    return _divide(frame, packed.queries.tobytes(), units.tobytes(), unit, pages, threads)
 
 
 @lru_cache(maxsize=256)
-def _chunk_items(
-    chosen: bytes, units: bytes, unit: int, tables: Any, page_size: int, enough: int
-) -> tuple[Array, Array]:
-    """Return work and members for `plan_chunks`, which has all that they depend on as bytes.
+def _divide(
+    frame: Frame, queries: bytes, units: bytes, unit: int, pages: Pages | None, threads: int
+) -> Division:
+    """Do what `divide` says, from all that it depends on."""
+    counts, lengths = np.frombuffer(queries, np.int64), np.frombuffer(units, np.int64) * unit
+    group_size = frame.num_heads // frame.num_kv_heads
+    most = np.where(lengths <= CHUNK, _MOST_ROWS_OF_ONE_CHUNK, _MOST_ROWS)
+    # Neither runs for those without queries.
+    few = (counts > 0) & (group_size * counts <= most)
+    many = (counts > 0) & ~few
+    chunks = None
+    if few.any():
+        enough = -(-threads * _ITEMS_PER_WORKER // frame.num_kv_heads)
+        work, members = _chunk_items(few, lengths, pages, enough)
+        counts = counts * few
+        chunks = Chunks(
+            counts,
+            group_size * int(counts.max()),
+            work,
+            members,
+            len(members) if lengths[few].max() > CHUNK else 0,
+            (work.ctypes.data, members.ctypes.data),
+        )
+    return Division(chunks, many if many.any() else None)
 
-    Sequences go together that have more than half of a chunk in the same pages, unless that leaves
-    less than `enough` items.
+
+def _chunk_items(
+    chosen: Array, lengths: Array, pages: Pages | None, enough: int
+) -> tuple[Array, Array]:
+    """Return the work of the decode kernel for some of packed sequences, and its members.
+
+    An item is a chunk of the keys of one kv head, for every sequence that has it in the same pages:
+    its keys come from memory once. Sequences go together that have more than half of a chunk in the
+    same pages, unless that leaves less than `enough` items.
     """
-    lengths = np.frombuffer(units, np.int64) * unit
-    counts = np.maximum(-(-lengths // CHUNK), 1) * np.frombuffer(chosen, bool)
+    counts = np.maximum(-(-lengths // CHUNK), 1) * chosen
     before = np.cumsum(counts) - counts
     sequence = np.repeat(np.arange(len(counts)), counts)
     chunk = np.arange(len(sequence)) - before[sequence]
     begins = np.ones(len(sequence), bool)
-    if tables is not None:
-        pages = np.frombuffer(tables[0], np.int64).reshape(tables[1])
+    if pages is not None:
         middle = np.minimum(chunk * CHUNK + CHUNK // 2, lengths[sequence] - 1)
-        page = pages[sequence, np.maximum(middle, 0) // page_size]
+        page = pages.numbers[sequence, np.maximum(middle, 0) // pages.size]
         # Whose middle lies in the same page has all before it in common, too.
         order = np.lexsort((page, chunk))
         sequence, chunk, page = sequence[order], chunk[order], page[order]
@@ -155,6 +162,15 @@ def _chunk_items(
     first = np.flatnonzero(begins)
     work = np.stack([chunk[first], first, np.append(first[1:], len(begins))], axis=-1)
     return work, np.stack([sequence, before[sequence]], axis=-1)
+
+
+def plan_chunks(frame: Frame, packed: Packed, chunks: Chunks, threads: int) -> Plan:
+    """Return the plan of the decode kernel for some of packed sequences."""
+    pairs = int(chunks.queries @ packed.lengths) * frame.num_heads
+    multiply_adds = pairs * (frame.head_dim + frame.head_dim_v)
+    serial = threads == 1 or multiply_adds < SERIAL_WORK
+    workers = 1 if serial else min(threads, len(chunks.work) * frame.num_kv_heads)
+    return Plan(True, 1, workers, is_long(multiply_adds, workers))
 
 
 def plan_packed(

@@ -96,6 +96,17 @@ class Frame:
     result_lse: Shape
 
 
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """Where the keys of packed sequences lie in a pool. It never changes, and is equal to itself.
+
+    So what is found out about it can be remembered under it.
+    """
+
+    numbers: Array  # (sequence, page)
+    size: int  # keys of one page
+
+
 class Packed(NamedTuple):
     """Sequences that lie end to end."""
 
@@ -105,8 +116,7 @@ class Packed(NamedTuple):
     position: int | Array  # key at which its query 0 stands
     left: int  # how far left and right of its position a query sees
     right: int
-    pages: Array | None = None  # (sequence, page) numbers, where keys lie in pages of a pool,
-    page_size: int = 0  # and keys of one page
+    pages: Pages | None = None  # where keys lie in pages of a pool
 
 
 class Problem(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from fastattn import runtime
 from fastattn.kernels.record import BFLOAT, BLOCK_KV, CHUNK, FLOAT32, HALF, field
 from fastattn.loading import loads
-from fastattn.plan import Plan, are_few, chunks, plan, plan_chunks, plan_packed
+from fastattn.plan import Chunks, Plan, chunks, divide, plan, plan_chunks, plan_packed
 from fastattn.problem import Array, Format, Packed, Problem, known_format
 
 _PAGE_SIZE, _STATES, _FINISHED, _ROWS, _WORK, _WORK_ITEMS, _MEMBERS = (
@@ -133,22 +133,24 @@ def run_packed(problem: Problem) -> None:
     assert packed is not None  # that is what the call is
     if problem.out.size == 0 and problem.lse.size == 0:
         return
-    few = are_few(frame, packed)
-    many = ~few & (packed.queries > 0)
-    if few.any():
+    few, many = divide(frame, packed, runtime.usable_threads())
+    if few is not None:
         _run_few(problem, packed, few)
-    if many.any():
+    if many is not None:
         _run_many(problem, packed, many)
 
 
-def _run_few(problem: Problem, packed: Packed, chosen: Array) -> None:
+def _run_few(problem: Problem, packed: Packed, few: Chunks) -> None:
     """Run the decode kernel for some of packed sequences."""
     frame = problem.frame
-    planned, work, members, rows = plan_chunks(frame, packed, chosen, runtime.usable_threads())
-    heads, states = frame.batch * frame.num_kv_heads, len(members) * frame.num_kv_heads
-    record, _room = _with_states(problem, problem.record, states, heads, rows)
-    record[_WORK], record[_WORK_ITEMS] = work.ctypes.data, len(work)
-    record[_MEMBERS], record[_ROWS] = members.ctypes.data, rows
+    planned = plan_chunks(frame, packed, few, runtime.usable_threads())
+    if few.states:
+        heads, states = frame.batch * frame.num_kv_heads, few.states * frame.num_kv_heads
+        record, _room = _with_states(problem, problem.record, states, heads, few.rows)
+    else:
+        record = problem.record.copy()
+    record[_WORK], record[_MEMBERS] = few.addresses
+    record[_WORK_ITEMS], record[_ROWS] = len(few.work), few.rows
     _start(problem, record, planned)
 
 

@@ -282,15 +282,16 @@ class TestSharedPrefix:
         cache.append([prompt], *tokens(rng, 700, 16, head_dim=8, head_dim_v=8), [0, 700])
         ids = [cache.add(share=prompt) for _ in range(3)] + [cache.add()]
         cache.append(ids, *tokens(rng, 4 * 400, 16, head_dim=8, head_dim_v=8), np.arange(5) * 400)
-        planned = []
+        divisions = []
         with pytest.MonkeyPatch.context() as patch:
-            real = plan.plan_chunks
+            real = plan.divide
             patch.setattr(
-                "fastattn.run.plan_chunks",
-                lambda *arguments: planned.append(real(*arguments)) or planned[-1],
+                "fastattn.run.divide",
+                lambda *arguments: divisions.append(real(*arguments)) or divisions[-1],
             )
             cache.attend(np.zeros((4, 16, 8), np.float32), ids)
-        (found,) = planned
+        ((found, many),) = divisions
+        assert many is None
         together = [
             (chunk, *found.members[first:last, 0].tolist())
             for chunk, first, last in found.work.tolist()
@@ -836,7 +837,7 @@ class TestPagedKVCache:
         cache = PagedKVCache(4, 4, KV_HEADS, HEAD_DIM)
         known = cache.add()
         cache.append([known], *tokens(rng, 1, KV_HEADS, head_dim_v=HEAD_DIM))
-        cache._tables[known][0] = page
+        cache._tables[known] = (page,)
         with pytest.raises(ValueError, match="pages must lie between 0 and 3"):
             cache.attend(np.zeros((1, HEADS, HEAD_DIM), np.float32), [known])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,9 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.arguments import check_int
-from fastattn.kernels.record import field
-from fastattn.problem import UNBOUNDED, Packed, Pages, Problem, as_array
-from fastattn.run import run_packed
+from fastattn.kernels.record import BLOCK_KV, field
+from fastattn.problem import UNBOUNDED, Pages, Problem, address, as_array
+from fastattn.run import Part, parts_of, run_parts
+from fastattn.runtime import usable_threads
 from fastattn.storage import (
     REPEATABLE,
     Array,
@@ -29,12 +31,31 @@ _PAGES, _PAGES_STEP, _PAGE_SIZE, _LENGTHS, _POSITIONS = (
 )
 
 
+class _Planned(NamedTuple):
+    """A call of one query for each of some sequences, but for its arrays and lengths."""
+
+    problem: Problem
+    has_positions: bool  # of the queries
+    parts: list[Part]
+
+
 class _Placed(NamedTuple):
-    """Where sequences lie, as long as their tables are these."""
+    """Where some sequences lie, and calls of them, as long as tables and blocks are these."""
 
     tables: list[tuple[int, ...]]
+    blocks: list[int]  # of keys that each has, begun ones counted
     pages: Pages
     fields: tuple[int, int, int]  # address, pages_step and page_size of a record
+    calls: dict[Any, _Planned]
+
+    def locate(self, problem: Problem) -> Problem:
+        """Return a checked call that knows where the sequences lie."""
+        record = problem.record.copy()
+        record[_PAGES], record[_PAGES_STEP], record[_PAGE_SIZE] = self.fields
+        assert problem.packed is not None  # as it was checked
+        owners = problem.owners, self.pages
+        packed = problem.packed._replace(pages=self.pages)
+        return problem._replace(record=record, owners=owners, packed=packed)
 
 
 class PagedKVCache:
@@ -118,6 +139,7 @@ class PagedKVCache:
         self._free = list(range(num_pages))[::-1]
         self._next_id = 0
         self._known: dict[Any, Problem] = {}
+        self._block = math.gcd(BLOCK_KV, self.page_size)
         self._placed: dict[tuple[int, ...], _Placed] = {}
 
     @property
@@ -338,29 +360,31 @@ class PagedKVCache:
         """
         keywords = {name: x for name, x in keywords.items() if x is not None}
         known = self._known_ids(ids, unique=False)
-        lengths = np.array([self._lengths[each] for each in known], np.int64)
-        placed = self._place(known)
-        problem = self._repeated(query, lengths, placed, keywords) if cu_seqlens_q is None else None
-        if problem is None:
+        lengths = [self._lengths[each] for each in known]
+        placed = self._place(known, lengths)
+        repeated = None
+        if cu_seqlens_q is None:
+            repeated = self._repeated(query, lengths, placed, keywords)
+        if repeated is None:
             q = as_array("query", query)
             if q.ndim != 3:
                 raise ValueError(
                     f"query must have shape (queries, num_heads, head_dim): got {q.shape}"
                 )
             starts = _starts("cu_seqlens_q", cu_seqlens_q, len(known), len(q))
-            problem = check_attend_packed(q, starts, self._storage, lengths, keywords)
-            assert problem.packed is not None  # as it was checked
-            problem = problem._replace(packed=problem.packed._replace(pages=placed.pages))
-        record = problem.record
-        record[_PAGES], record[_PAGES_STEP], record[_PAGE_SIZE] = placed.fields
-        run_packed(problem)
+            keys = np.array(lengths, np.int64)
+            problem = check_attend_packed(q, starts, self._storage, keys, keywords)
+            problem = placed.locate(problem)
+            repeated = problem, parts_of(problem)
+        problem, parts = repeated
+        run_parts(problem, parts)
         if problem.result_lse is not None:
             return problem.result, problem.result_lse
         return problem.result
 
     def _repeated(
-        self, query: Any, lengths: Array, placed: _Placed, keywords: dict[str, Any]
-    ) -> Problem | None:
+        self, query: Any, lengths: list[int], placed: _Placed, keywords: dict[str, Any]
+    ) -> tuple[Problem, list[Part]] | None:
         """Return a call, of one query for each sequence, that differs from a checked one in arrays.
 
         As in `KVCache`; None where it may differ in more.
@@ -368,31 +392,30 @@ class PagedKVCache:
         if not (
             type(query) is np.ndarray
             and query.ndim == 3
-            and len(query) == len(lengths)
+            and 0 < len(query) == len(lengths)
             and keywords.keys() <= REPEATABLE
         ):
             return None
         kind = type(keywords.get("causal"))  # 1 is no bool, though it equals one
-        name = (query.shape, query.dtype, kind, *keywords.values(), *keywords)
+        threads = usable_threads()
+        name = (query.shape, query.dtype, threads, kind, *keywords.values(), *keywords)
         try:
-            known = self._known.get(name)
+            found = placed.calls.get(name)
         except TypeError:  # something that has no hash
             return None
-        if known is None:
-            starts = np.arange(len(lengths) + 1)
-            known = check_attend_packed(query, starts, self._storage, lengths, keywords)
-            if known.result.dtype != query.dtype:
-                return None
-            known = without_arrays(known)
-            remember(self._known, name, known)
+        keys = np.array(lengths, np.int64)
+        if found is None:
+            found = self._planned(query, keys, placed, name, keywords)
+            remember(placed.calls, name, found)
+        known, has_positions, parts = found
+        if known.result.dtype != query.dtype:
+            return None
         # What differs is this call's own: others of the same shape may run at the same time.
-        packed, form = known.packed, known.format
-        assert packed is not None  # as it was checked
-        record, position = known.record.copy(), packed.position
-        record[_LENGTHS] = lengths.ctypes.data
-        if type(position) is not int:
-            position = lengths - 1
-            record[_POSITIONS] = position.ctypes.data
+        form, record, positions = known.format, known.record.copy(), None
+        record[_LENGTHS] = address(keys)
+        if has_positions:
+            positions = keys - 1
+            record[_POSITIONS] = address(positions)
         result = np.empty(known.frame.result, query.dtype)
         q, o = query, result
         if form.view is not query.dtype:
@@ -401,24 +424,44 @@ class PagedKVCache:
         if known.result_lse is not None:
             result_lse = np.empty(known.result_lse.shape, known.result_lse.dtype)
             lse = result_lse[None]
-        return Problem(
+        problem = Problem(
             q.swapaxes(0, 1)[None],
             known.key,
             known.value,
             o.swapaxes(0, 1)[None],
             *(lse, record, form, known.frame, result, result_lse),
-            (known.owners, lengths, position),
+            (known.owners, keys, positions, parts),
             known.stored,
-            Packed(packed.starts, packed.queries, lengths, position, *packed[4:6], placed.pages),
-            known.permits_bfloat,
+            permits_bfloat=known.permits_bfloat,
         )
+        return problem, parts
 
-    def _place(self, ids: list[int]) -> _Placed:
+    def _planned(
+        self, query: Array, keys: Array, placed: _Placed, name: Any, keywords: dict[str, Any]
+    ) -> _Planned:
+        """Check a call of one query for each sequence, unless one like it is known, and plan it."""
+        known = self._known.get(name)
+        if known is None:
+            starts = np.arange(len(keys) + 1)
+            known = check_attend_packed(query, starts, self._storage, keys, keywords)
+            known = without_arrays(known)
+            remember(self._known, name, known)
+        packed = known.packed
+        assert packed is not None  # as it was checked
+        has_positions = isinstance(packed.position, np.ndarray)
+        packed = packed._replace(lengths=keys, position=keys - 1 if has_positions else 0)
+        known = placed.locate(known._replace(packed=packed))
+        known.record.flags.writeable = False  # each call has a copy
+        return _Planned(known, has_positions, parts_of(known))
+
+    def _place(self, ids: list[int], lengths: list[int]) -> _Placed:
         """Return where sequences lie."""
         tables = [self._tables[each] for each in ids]
+        # Within a block of keys and a page, work is the same token by token.
+        blocks = [-(-length // self._block) for length in lengths]
         name = tuple(ids)
         known = self._placed.get(name)
-        if known is not None and known.tables == tables:
+        if known is not None and known.tables == tables and known.blocks == blocks:
             return known
         pages = np.zeros((len(ids), max([1, *map(len, tables)])), np.int64)
         for row, table in zip(pages, tables, strict=True):
@@ -426,8 +469,8 @@ class PagedKVCache:
         # Whatever happened to the tables, no page outside the pool is read.
         if pages.size and (pages.min() < 0 or pages.max() >= len(self._users)):
             raise ValueError(f"pages must lie between 0 and {len(self._users) - 1}")
-        fields = pages.ctypes.data, pages.shape[1], self.page_size
-        known = _Placed(tables, Pages(pages, self.page_size), fields)
+        fields = address(pages), pages.shape[1], self.page_size
+        known = _Placed(tables, blocks, Pages(pages, self.page_size), fields, {})
         remember(self._placed, name, known)
         return known
 

@@ -89,7 +89,6 @@ class Chunks(NamedTuple):
     work: Array  # (items, 3): chunk of keys, first member, last member and one
     members: Array  # (members, 2): sequence, chunks of those before it
     states: int  # to be kept of each kv head, until all chunks of a sequence are done
-    addresses: tuple[int, int]  # of work and members
 
 
 class Division(NamedTuple):
@@ -130,7 +129,6 @@ def _divide(
             work,
             members,
             len(members) if lengths[few].max() > CHUNK else 0,
-            (work.ctypes.data, members.ctypes.data),
         )
     return Division(chunks, many if many.any() else None)
 

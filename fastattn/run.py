@@ -10,8 +10,8 @@ import numpy as np
 from fastattn import runtime
 from fastattn.kernels.record import BFLOAT, BLOCK_KV, CHUNK, FLOAT32, HALF, field
 from fastattn.loading import loads
-from fastattn.plan import Chunks, Plan, chunks, divide, plan, plan_chunks, plan_packed
-from fastattn.problem import Array, Format, Packed, Problem, known_format
+from fastattn.plan import Plan, chunks, divide, plan, plan_chunks, plan_packed
+from fastattn.problem import Array, Format, Problem, address, known_format
 
 _PAGE_SIZE, _STATES, _FINISHED, _ROWS, _WORK, _WORK_ITEMS, _MEMBERS = (
     field(name)
@@ -100,18 +100,17 @@ def _code(problem: Problem, is_decode: bool) -> _Compiled:
     return ready
 
 
-def _start(problem: Problem, record: Array, planned: Plan) -> None:
+def _start(problem: Problem, record: Array, planned: Plan, code: _Compiled) -> None:
     """Run the compiled code on one thread or several."""
     query, key, value, out, lse, *_ = problem
-    is_decode, tiles, workers, is_long = planned
-    ready = _code(problem, is_decode)
+    _, tiles, workers, is_long = planned
     if workers == 1 and not is_long:
-        if ready.run(query, key, value, out, lse, tiles, record, ready.kernel) == 0:
+        if code.run(query, key, value, out, lse, tiles, record, code.kernel) == 0:
             raise MemoryError(runtime.NO_MEMORY)
     else:
         placed = np.empty_like(record)
-        ready.place(query, key, value, out, lse, tiles, record, placed)
-        runtime.launch(ready.kernel, placed, workers, is_long=is_long)
+        code.place(query, key, value, out, lse, tiles, record, placed)
+        runtime.launch(code.kernel, placed, workers, is_long=is_long)
 
 
 def run(problem: Problem) -> None:
@@ -124,34 +123,77 @@ def run(problem: Problem) -> None:
         heads = frame.batch * frame.num_kv_heads
         rows = frame.num_heads // frame.num_kv_heads * frame.seqlen_q
         record, _room = _with_states(problem, record, heads * chunks(frame.seqlen_kv), heads, rows)
-    _start(problem, record, planned)
+    _start(problem, record, planned, _code(problem, planned.is_decode))
+
+
+class Part(NamedTuple):
+    """What one kernel does of a call of packed sequences."""
+
+    plan: Plan
+    code: _Compiled
+    states: int  # to be kept while it runs: of how many chunks, each with so many rows
+    rows: int
+    fields: tuple[tuple[int, int], ...]  # of the record
+    owners: Any  # arrays of which those hold addresses
 
 
 def run_packed(problem: Problem) -> None:
     """Plan and run a checked call of packed sequences: each as it would be run by itself."""
+    run_parts(problem, parts_of(problem))
+
+
+def parts_of(problem: Problem) -> list[Part]:
+    """Plan a checked call of packed sequences.
+
+    The parts are also those of a call that differs in arrays, and in lengths such that none of them
+    begins or ends a page or a block of keys: only the number of threads might be another then.
+    """
     frame, packed = problem.frame, problem.packed
     assert packed is not None  # that is what the call is
-    if problem.out.size == 0 and problem.lse.size == 0:
-        return
-    few, many = divide(frame, packed, runtime.usable_threads())
+    if 0 in frame.result and problem.lse.size == 0:
+        return []
+    threads = runtime.usable_threads()
+    few, many = divide(frame, packed, threads)
+    parts = []
     if few is not None:
-        _run_few(problem, packed, few)
+        planned = plan_chunks(frame, packed, few, threads)
+        parts.append(_part(problem, planned, few.work, few.members, few.states, few.rows))
     if many is not None:
-        _run_many(problem, packed, many)
+        tile_queries = _tile_queries(problem.format.accumulation)
+        planned, work = plan_packed(frame, packed, many, tile_queries, threads)
+        parts.append(_part(problem, planned, work))
+    return parts
 
 
-def _run_few(problem: Problem, packed: Packed, few: Chunks) -> None:
-    """Run the decode kernel for some of packed sequences."""
+def _part(
+    problem: Problem,
+    planned: Plan,
+    work: Array,
+    members: Array | None = None,
+    states: int = 0,
+    rows: int = 0,
+) -> Part:
+    """Return a part with its work, and the members and rows if it is for the decode kernel."""
+    fields = [(_WORK, address(work)), (_WORK_ITEMS, len(work))]
+    if members is not None:
+        fields += [(_MEMBERS, address(members)), (_ROWS, rows)]
+    code = _code(problem, planned.is_decode)
+    return Part(planned, code, states, rows, tuple(fields), (work, members))
+
+
+def run_parts(problem: Problem, parts: list[Part]) -> None:
+    """Run a call by the parts that are known of it."""
     frame = problem.frame
-    planned = plan_chunks(frame, packed, few, runtime.usable_threads())
-    if few.states:
-        heads, states = frame.batch * frame.num_kv_heads, few.states * frame.num_kv_heads
-        record, _room = _with_states(problem, problem.record, states, heads, few.rows)
-    else:
-        record = problem.record.copy()
-    record[_WORK], record[_MEMBERS] = few.addresses
-    record[_WORK_ITEMS], record[_ROWS] = len(few.work), few.rows
-    _start(problem, record, planned)
+    for part in parts:
+        record, heads = problem.record, frame.batch * frame.num_kv_heads
+        if part.states:
+            states = part.states * frame.num_kv_heads
+            record, _room = _with_states(problem, record, states, heads, part.rows)
+        else:
+            record = record.copy()
+        for place, number in part.fields:
+            record[place] = number
+        _start(problem, record, part.plan, part.code)
 
 
 @cache
@@ -166,16 +208,6 @@ def _tile_queries(accumulation: np.dtype[Any]) -> int:
     return queries
 
 
-def _run_many(problem: Problem, packed: Packed, chosen: Array) -> None:
-    """Run the prefill kernel for some of packed sequences."""
-    tile_queries = _tile_queries(problem.format.accumulation)
-    threads = runtime.usable_threads()
-    planned, work = plan_packed(problem.frame, packed, chosen, tile_queries, threads)
-    record = problem.record.copy()
-    record[_WORK], record[_WORK_ITEMS] = work.ctypes.data, len(work)
-    _start(problem, record, planned)
-
-
 def _with_states(
     problem: Problem, record: Array, states: int, heads: int, rows: int
 ) -> tuple[Array, tuple[Array, ...]]:
@@ -184,6 +216,6 @@ def _with_states(
     room = np.empty(states * rows * (padded + 2), problem.format.accumulation)
     finished = np.zeros(heads, np.int64)
     record = record.copy()
-    record[_STATES] = room.ctypes.data
-    record[_FINISHED] = finished.ctypes.data
+    record[_STATES] = address(room)
+    record[_FINISHED] = address(finished)
     return record, (room, finished)

@@ -186,7 +186,7 @@ def _check_keywords(keywords: dict[str, Any], without: dict[str, str]) -> None:
 
 def without_arrays(problem: Problem) -> Problem:
     """Return a problem that keeps no query and no result alive."""
-    nothing = np.empty(0)
+    nothing = np.empty(0, problem.result.dtype)
     return problem._replace(query=nothing, out=nothing, result=nothing)
 
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numba import njit
 
 import fastattn
-from fastattn import KVCache, PagedKVCache, create_block_mask, plan
+from fastattn import KVCache, PagedKVCache, create_block_mask, plan, runtime
 
 INT8 = np.dtype(np.int8)
 STORAGES = [*FLOAT_DTYPES, INT8]
@@ -765,6 +765,87 @@ class TestPagedKVCache:
         for each in ids:
             cache.free(each)
         assert cache.pages_free == 10
+
+    def test_calls_of_one_shape_follow_the_tables(self, rng):
+        cache = PagedKVCache(8, 64, KV_HEADS, HEAD_DIM)
+        query = rng.standard_normal((1, HEADS, HEAD_DIM), dtype=np.float32)
+        kept = {}
+
+        def append(each, count):
+            rows = tokens(rng, count, KV_HEADS, head_dim_v=HEAD_DIM)
+            cache.append([each], *rows, [0, count])
+            kept[each] = [np.concatenate(both) for both in zip(kept[each], rows, strict=True)]
+
+        def assert_attends():
+            for each, (key, value) in kept.items():
+                for keywords in ({}, {"causal": True}):
+                    output = cache.attend(query, [each], **keywords)
+                    expected = fastattn.attention(query, key, value, layout="blhd", **keywords)
+                    assert_same_bits(output, expected)
+
+        def add(share=None):
+            new = cache.add(share=share)
+            nothing = [np.zeros((0, KV_HEADS, HEAD_DIM), np.float32)] * 2
+            kept[new] = nothing if share is None else kept[share]
+            return new
+
+        first = add()
+        append(first, 30)
+        assert_attends()
+        second = add(share=first)
+        assert_attends()
+        append(first, 1)  # to a copy of the page, which is the second's alone now,
+        assert_attends()
+        append(second, 1)  # and written to where the first one had its token
+        assert_attends()
+        append(first, 40)
+        assert_attends()
+        # As many sequences as before, in the pages of those that were freed.
+        cache.free(first)
+        del kept[first]
+        with pytest.raises(ValueError, match="was freed"):
+            cache.attend(query, [first])
+        append(add(), 71)
+        assert_attends()
+
+    @pytest.mark.parametrize("page_size", [7, 64, 1024])
+    def test_token_by_token(self, page_size, rng):
+        """What is known of a call holds until the keys begin a chunk, a page or a block."""
+        length, last = CHUNK - 67, CHUNK + 3
+        key, value = tokens(rng, last, 1, head_dim_v=HEAD_DIM)
+        cache = PagedKVCache(-(-2 * last // page_size), page_size, 1, HEAD_DIM)
+        ids = [cache.add(), cache.add()]
+        cache.append(ids[:1], key[:length], value[:length], [0, length])
+        query = rng.standard_normal((2, 2, HEAD_DIM), dtype=np.float32)
+        for n in range(length, last):
+            cache.append(ids, *(x[[n, n - length]] for x in (key, value)))
+            output = cache.attend(query, ids, causal=True)
+            for mine, q, end in zip(output, query, (n + 1, n + 1 - length), strict=True):
+                rows = key[:end], value[:end]
+                expected = fastattn.attention(q[None], *rows, causal=True, layout="blhd")
+                assert_same_bits(mine, expected[0])
+
+    def test_a_known_call_takes_as_many_threads_as_it_may(self, monkeypatch, rng):
+        cache = PagedKVCache(40, 64, KV_HEADS, HEAD_DIM)
+        ids = [cache.add(), cache.add()]
+        key, value = tokens(rng, 2000, KV_HEADS, head_dim_v=HEAD_DIM)
+        cache.append(ids, key, value, [0, 1000, 2000])
+        query = rng.standard_normal((2, HEADS, HEAD_DIM), dtype=np.float32)
+        launched = []
+        launch = runtime.launch
+
+        def count(kernel, placed, workers, **keywords):
+            launched.append(workers)
+            launch(kernel, placed, workers, **keywords)
+
+        monkeypatch.setattr(runtime, "launch", count)
+        monkeypatch.setattr(plan, "SERIAL_WORK", 1)
+        results = []
+        for threads in (2, 1, 2):
+            monkeypatch.setattr(runtime, "_threads", threads)
+            results.append(cache.attend(query, ids).tobytes())
+        assert launched == [2, 2]
+        assert len({*results}) == 1
 
     def test_the_last_user_of_a_page_writes_in_place(self, rng):
         cache = PagedKVCache(3, 4, KV_HEADS, HEAD_DIM, head_dim_v=HEAD_DIM_V)

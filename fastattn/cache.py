@@ -24,6 +24,7 @@ from fastattn.storage import (
     REPEATABLE,
     Array,
     Storage,
+    again,
     check_attend,
     check_integers,
     check_rows,
@@ -361,21 +362,10 @@ class KVCache:
             known = known._replace(problem=without_arrays(known.problem))
             remember(self._known, name, known)
         problem, positions = known
-        record, form = problem.record, problem.format
-        record[_SEQLEN_KV] = self._longest
+        problem.record[_SEQLEN_KV] = self._longest
         if positions is not None:
             np.subtract(self._lengths, query.shape[2], positions)
-        result = np.empty(problem.frame.result, query.dtype)
-        q, o = query, result
-        if form.view is not query.dtype:
-            q, o = query.view(form.view), result.view(form.view)
-        lse, result_lse = problem.lse, None
-        if problem.result_lse is not None:
-            lse = result_lse = np.empty(lse.shape, lse.dtype)
-        return Problem(
-            *(q, problem.key, problem.value, o, lse, record, form, problem.frame),
-            *(result, result_lse, known, problem.stored),
-        )
+        return again(problem, query, problem.record, known)
 
     def _checked(self, query: Array, keys: int, keywords: dict[str, Any]) -> _Known:
         """Check a call for so many keys, in a record that looks up where each sequence ends."""

@@ -18,6 +18,7 @@ from fastattn.storage import (
     REPEATABLE,
     Array,
     Storage,
+    again,
     check_attend_packed,
     check_integers,
     check_rows,
@@ -411,30 +412,12 @@ class PagedKVCache:
         if known.result.dtype != query.dtype:
             return None
         # What differs is this call's own: others of the same shape may run at the same time.
-        form, record, positions = known.format, known.record.copy(), None
+        record, positions = known.record.copy(), None
         record[_LENGTHS] = address(keys)
         if has_positions:
             positions = keys - 1
             record[_POSITIONS] = address(positions)
-        result = np.empty(known.frame.result, query.dtype)
-        q, o = query, result
-        if form.view is not query.dtype:
-            q, o = query.view(form.view), result.view(form.view)
-        lse, result_lse = known.lse, None
-        if known.result_lse is not None:
-            result_lse = np.empty(known.result_lse.shape, known.result_lse.dtype)
-            lse = result_lse[None]
-        problem = Problem(
-            q.swapaxes(0, 1)[None],
-            known.key,
-            known.value,
-            o.swapaxes(0, 1)[None],
-            *(lse, record, form, known.frame, result, result_lse),
-            (known.owners, keys, positions, parts),
-            known.stored,
-            permits_bfloat=known.permits_bfloat,
-        )
-        return problem, parts
+        return again(known, query, record, (keys, positions, parts)), parts
 
     def _planned(
         self, query: Array, keys: Array, placed: _Placed, name: Any, keywords: dict[str, Any]

@@ -190,6 +190,29 @@ def without_arrays(problem: Problem) -> Problem:
     return problem._replace(query=nothing, out=nothing, result=nothing)
 
 
+def again(known: Problem, query: Array, record: Array, owners: Any) -> Problem:
+    """Return a known call made again, with a query, a result and a record of its own.
+
+    `owners` are the arrays of which that record holds addresses.
+    """
+    form, frame = known.format, known.frame
+    result = np.empty(frame.result, query.dtype)
+    q, o = query, result
+    if form.view is not query.dtype:
+        q, o = query.view(form.view), result.view(form.view)
+    if q.ndim == 3:  # packed: (tokens, heads, features)
+        q, o = q.swapaxes(0, 1)[None], o.swapaxes(0, 1)[None]
+    lse, result_lse = known.lse, None
+    if known.result_lse is not None:
+        lse = np.empty(lse.shape, lse.dtype)
+        result_lse = lse.reshape(frame.result_lse)
+    return Problem(
+        *(q, known.key, known.value, o, lse, record, form, frame, result, result_lse),
+        *((known.owners, owners), known.stored),
+        permits_bfloat=known.permits_bfloat,
+    )
+
+
 def remember(known: dict[Any, Any], name: Any, call: Any) -> None:
     """Keep what is known of a call under a name, among the latest ones."""
     if len(known) >= _MOST_REMEMBERED:

@@ -442,7 +442,7 @@ ERRORS = [
     (PAST | {"past_value": KV}, {}, r"^value must have as many rows as key: got seqlen_kv 7 in"),
     ({"nonpad_kv_seqlen": np.array([1, 6])}, {}, r"^nonpad_kv_seqlen must lie between 0 and 5: "),
     ({"nonpad_kv_seqlen": np.array([-1, 5])}, {}, r"^nonpad_kv_seqlen must lie between 0 and 5: "),
-    ({"K": KV[..., :7]}, {}, r"^key\.shape\[-1\] must equal query\.shape\[-1\]: got 8 and 7$"),
+    ({"K": KV[..., :7]}, {}, r"^key\.shape\[-1\] must equal query\.shape\[-1\]: got 7 and 8$"),
     ({"attn_mask": np.ones((3, 6), bool)}, {}, r"^mask must broadcast to .* got shape \(3, 6\)$"),
     ({}, {"softmax_precision": 7}, r"^softmax_precision must be 1 \(FLOAT\), 10 .*: got 7$"),
     ({}, {"outputs": OUTPUTS, "qk_matmul_output_mode": 4},

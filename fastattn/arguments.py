@@ -1,6 +1,6 @@
 """Checks of single arguments, for whatever is not a call of `attention`: counts, numbers, dtypes.
 
-TypeError for a wrong kind, ValueError for a wrong value, in the words of `problem.py`.
+TypeError for a wrong kind, ValueError for a wrong value, in the words of `keywords.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastattn.problem import UNBOUNDED, is_float
+from fastattn.formats import is_float
+from fastattn.keywords import UNBOUNDED
 from fastattn.reference import FLOATS
 
 

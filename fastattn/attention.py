@@ -9,17 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import reference
+from fastattn.formats import as_array, is_float
 from fastattn.masks import BlockMask, MaskMod
-from fastattn.problem import (
-    STAGES,
-    as_array,
-    check,
-    check_arrays,
-    check_packed,
-    check_states,
-    check_weights,
-    is_float,
-)
+from fastattn.problem import STAGES, check, check_arrays, check_packed, check_states, check_weights
 from fastattn.run import run, run_packed
 
 Array = NDArray[Any]

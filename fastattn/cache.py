@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.arguments import check_int
 from fastattn.kernels.record import field
-from fastattn.problem import UNBOUNDED, Problem
+from fastattn.keywords import UNBOUNDED
+from fastattn.problem import Problem
 from fastattn.run import run
 from fastattn.storage import (
     REPEATABLE,

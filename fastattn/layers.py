@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn.arguments import check_float_dtype, check_int
 from fastattn.attention import Causal, attention, attention_weights
-from fastattn.problem import as_array, common_format, known_format
+from fastattn.formats import as_array, common_format, known_format
 
 Array = NDArray[Any]
 

@@ -18,10 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import runtime
 from fastattn.arguments import check_int
+from fastattn.formats import as_array
 from fastattn.kernels.record import BLOCKS, HIDDEN, VISIBLE
+from fastattn.keywords import check_mod, check_range, check_window
 from fastattn.loading import loads
 from fastattn.plan import is_long
-from fastattn.problem import as_array, check_mod, check_range, check_window
 
 Array = NDArray[Any]
 MaskMod = Callable[..., bool]

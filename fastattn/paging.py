@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastattn.arguments import check_int
+from fastattn.formats import address, as_array
 from fastattn.kernels.record import BLOCK_KV, field
-from fastattn.problem import UNBOUNDED, Pages, Problem, address, as_array
+from fastattn.keywords import UNBOUNDED
+from fastattn.problem import Pages, Problem
 from fastattn.run import Part, parts_of, run_parts
 from fastattn.runtime import usable_threads
 from fastattn.storage import (

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastattn.formats import Array
 from fastattn.kernels.record import CHUNK
-from fastattn.problem import Array, Frame, Packed, Pages
+from fastattn.problem import Packed, Pages
+from fastattn.shapes import Frame
 
 
 class Plan(NamedTuple):

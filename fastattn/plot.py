@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn.arguments import check_int, check_number
-from fastattn.problem import as_array, check_range, common_format
+from fastattn.formats import as_array, common_format
+from fastattn.keywords import check_range
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn.arguments import check_float_dtype, check_int, check_number
-from fastattn.problem import as_array, check_range, common_format, is_float
+from fastattn.formats import as_array, common_format, is_float
+from fastattn.keywords import check_range
 
 Array = NDArray[Any]
 

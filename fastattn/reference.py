@@ -2,7 +2,7 @@
 
 The functions have the signatures of the fused ones and say what those must return, step by step and
 with every score in memory. There are no kernels here and no checks of the arguments beyond the rule
-of dtypes: checks live in `problem.py`, and what is wrong here fails as NumPy lets it fail.
+of dtypes: checks are those of `problem.py`, and what is wrong here fails as NumPy lets it fail.
 
 The order of operations on one score, everywhere:
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn import runtime
+from fastattn.formats import Array, Format, address, known_format
 from fastattn.kernels.record import BFLOAT, BLOCK_KV, CHUNK, FLOAT32, HALF, field
 from fastattn.loading import loads
 from fastattn.plan import Plan, chunks, divide, plan, plan_chunks, plan_packed
-from fastattn.problem import Array, Format, Problem, address, known_format
+from fastattn.problem import Problem
 
 _PAGE_SIZE, _STATES, _FINISHED, _ROWS, _WORK, _WORK_ITEMS, _MEMBERS = (
     field(name)

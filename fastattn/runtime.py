@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from fastattn.formats import Array, check_dtype
 from fastattn.kernels.record import COUNTER, STOPPED
 from fastattn.loading import loads
-from fastattn.problem import Array, check_dtype
 from fastattn.progress import draw_progress
 
 _threads: int | None = None

@@ -12,17 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import reference
+from fastattn.formats import QUANTISED, Format, as_array, is_float, known_format
 from fastattn.kernels.record import FLOAT32, PROBLEM
-from fastattn.problem import (
-    QUANTISED,
-    Format,
-    Problem,
-    as_array,
-    check,
-    check_packed,
-    is_float,
-    known_format,
-)
+from fastattn.problem import Problem, check, check_packed
 
 Array = NDArray[Any]
 

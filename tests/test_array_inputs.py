@@ -8,7 +8,7 @@ import torch
 from checks import BFLOAT16, FLOAT_DTYPES, assert_same_bits, make_inputs
 
 import fastattn
-from fastattn.problem import as_array
+from fastattn.formats import as_array
 
 
 class Exporter:

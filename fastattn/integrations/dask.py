@@ -41,19 +41,12 @@ from numpy.typing import ArrayLike, NDArray
 import fastattn
 from fastattn import runtime
 from fastattn.attention import Causal, Layout, Precision, Window
+from fastattn.formats import Shape, as_array, common_format
 from fastattn.integrations import needs
-from fastattn.problem import (
-    Frame,
-    Shape,
-    as_array,
-    as_heads,
-    check,
-    check_bounds,
-    check_position,
-    common_format,
-    per_batch,
-)
+from fastattn.keywords import check_bounds, check_position, per_batch
+from fastattn.problem import check
 from fastattn.reference import accumulation_dtype
+from fastattn.shapes import Frame, as_heads
 
 with needs("dask"):
     import dask.array as da

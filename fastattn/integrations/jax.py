@@ -18,8 +18,9 @@ import numpy as np
 
 import fastattn
 from fastattn.attention import Causal, Window
+from fastattn.formats import check_dtype
 from fastattn.integrations import needs
-from fastattn.problem import check_dtype, check_shapes
+from fastattn.shapes import check_shapes
 
 with needs("jax"):
     import jax

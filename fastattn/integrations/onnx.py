@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from fastattn.arguments import check_int
 from fastattn.attention import attention, attention_weights
+from fastattn.formats import is_float
 from fastattn.integrations import needs
+from fastattn.keywords import check_range
 from fastattn.layers import join_heads, split_heads
 from fastattn.positions import apply_rotary
-from fastattn.problem import STAGES, check_range, is_float
+from fastattn.problem import STAGES
 
 with needs("onnx"):
     from onnx import TensorProto

@@ -249,6 +249,17 @@ class TestBits:
             assert bits(*result) == expected
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_queries_that_see_nothing_beside_those_that_do(dtype, rng):
+    """The window of every second begins behind the last key, in the chunk of all others."""
+    inputs = make_inputs(rng, batch=(40,), seqlen_q=1, seqlen_kv=64, head_dim=32, dtype=dtype)
+    keywords = {"window": (2, 0), "query_offset": np.array([0, 100] * 20)}
+    output, lse = fastattn.attention(*inputs, return_lse=True, **keywords)
+    assert_accurate((output, lse), *inputs, **keywords)
+    assert not output[1::2].any()
+    assert (lse[1::2] == -np.inf).all()
+
+
 def test_memory_does_not_hold_scores():
     # What grows with the keys is a row of V for every chunk, here 64 KB; scores would be 1 MB.
     from fastattn.problem import check

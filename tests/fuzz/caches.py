@@ -17,6 +17,9 @@ from .judge import expect
 STORAGES = [*FLOATS, np.int8]
 SIZES: list[Any] = [0, -1, 1.5, "x", None, True, [3], float("nan"), 2**70]
 HEADS = [(1, 1), (2, 1), (2, 2), (6, 2), (20, 1)]
+# Tokens beyond a span of keys whose sums are set aside; seldom, with few heads.
+FIRST_OF_SPANS = [4090, 4097, 4200]
+CAPACITY_OF_SPANS = 4500
 
 
 def kept(x: Any, dtype: Any) -> Any:
@@ -63,6 +66,10 @@ def kv_cache(dice: Random) -> str:
         "window": window,
     }
     heads, arguments["num_kv_heads"] = dice.choice(HEADS)
+    has_spans = chance(dice, 0.02)
+    if has_spans:
+        heads, arguments["num_kv_heads"] = 2, 1
+        arguments |= {"batch": 1, "capacity": CAPACITY_OF_SPANS, "window": None}
     names = ("batch", "num_kv_heads", "head_dim", "capacity")
     faults: dict[str, list[Any]] = dict.fromkeys(names, SIZES)
     faults |= {"head_dim_v": [n for n in SIZES if n is not None]}
@@ -73,6 +80,8 @@ def kv_cache(dice: Random) -> str:
     if cache is REFUSED or must != RIGHT:
         return REFUSED
     model = _Sequences(cache, heads, arguments["batch"])
+    if has_spans:
+        model.append(dice, dice.choice(FIRST_OF_SPANS))
     for _ in range(dice.randint(2, 8)):
         step = dice.choice([model.append, model.append, model.attend, model.attend, model.change])
         step(dice)
@@ -90,9 +99,9 @@ class _Sequences:
         self.key = [np.zeros((self.kv_heads, 0, self.head_dim))] * batch
         self.value = [np.zeros((self.kv_heads, 0, self.head_dim_v))] * batch
 
-    def append(self, dice: Random) -> None:
-        """Append some tokens, which fit or do not."""
-        tokens = dice.choice([0, 1, 1, 2, 7, 65, 200])
+    def append(self, dice: Random, tokens: int | None = None) -> None:
+        """Append so many tokens, or some; they fit or do not."""
+        tokens = dice.choice([0, 1, 1, 2, 7, 65, 200]) if tokens is None else tokens
         shape, dtype = (self.batch, self.kv_heads, tokens), dice.choice(FLOATS)
         arguments: dict[str, Any] = {
             "key": numbers(dice, (*shape, self.head_dim), dtype),
@@ -262,6 +271,10 @@ def paged_kv_cache(dice: Random) -> str:
         "head_dim_v": dice.choice([None, 5, 16]),
         "dtype": dice.choice(STORAGES),
     }
+    has_spans = chance(dice, 0.02)
+    if has_spans:
+        heads, arguments["num_kv_heads"] = 2, 1
+        arguments |= {"page_size": 128, "num_pages": CAPACITY_OF_SPANS // 128}
     names = ("num_pages", "page_size", "num_kv_heads", "head_dim")
     faults: dict[str, list[Any]] = dict.fromkeys(names, SIZES)
     faults |= {"head_dim_v": [n for n in SIZES if n is not None]}
@@ -272,6 +285,8 @@ def paged_kv_cache(dice: Random) -> str:
         return REFUSED
     model = _Pages(cache, heads)
     model.add(dice)
+    if has_spans and model.tokens:
+        model.append(dice, dice.choice(FIRST_OF_SPANS))
     for _ in range(dice.randint(3, 12)):
         steps = [model.add, model.append, model.append, model.append, model.attend, model.free]
         dice.choice(steps)(dice)
@@ -317,10 +332,10 @@ class _Pages:
         most = sum(-(-len(key) // self.cache.page_size) for key, _ in self.tokens.values())
         expect(used <= most, f"{used} pages are used by what needs {most}")
 
-    def append(self, dice: Random) -> None:
-        """Append tokens to some sequences."""
-        ids = self.some(dice)
-        counts = generator(dice).choice([0, 1, 1, 3, 65], len(ids))
+    def append(self, dice: Random, tokens: int | None = None) -> None:
+        """Append so many tokens to every sequence, or some to some."""
+        ids = self.some(dice) if tokens is None else [*self.tokens]
+        counts = generator(dice).choice([0, 1, 1, 3, 65] if tokens is None else [tokens], len(ids))
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(int)
         dtype = dice.choice(FLOATS)
         arguments: dict[str, Any] = {

@@ -50,7 +50,7 @@ FAULTS_OF_ATTENTION: dict[str, list[Any]] = {
     **FAULTS,
     "mask": [np.ones((1, 1), int), np.ones((1, 977), bool), [0.0], "x", np.ones((1,) * 9, bool)],
     "bias": [np.ones((1, 1), bool), np.ones((1, 977)), "x", 1j, np.ones((1,) * 9)],
-    "kv_lengths": [-1, 4321, 1.5, "1", True, [[[1]]] * 7, 2**70],
+    "kv_lengths": [-1, 43210, 1.5, "1", True, [[[1]]] * 7, 2**70],
     "block_mask": [
         5,
         np.ones((1, 1), bool),
@@ -120,8 +120,11 @@ def varlen_attention(dice: Random) -> str:
     lengths = rng.choice(dice.choice([[0, 1, 2], [1, 17, 33], [0, 5, 64, 130]]), (2, sequences))
     kv_heads = dice.choice([1, 2, 3])
     heads = kv_heads * dice.choice([1, 2, 4])
+    if sequences and chance(dice, 0.03):
+        kv_heads, heads = 1, 1
+        lengths[:, 0] = dice.choice([2, 17, 33]), dice.choice(draw.LENGTHS_KV_OF_SPANS)
     arguments = {"cu_seqlens_q": np.concatenate([[0], np.cumsum(lengths[0])])}
-    if chance(dice, 0.7):
+    if chance(dice, 0.7) or lengths.max(initial=0) > draw.LENGTHS_KV[-1]:
         arguments["cu_seqlens_kv"] = np.concatenate([[0], np.cumsum(lengths[1])])
     ends = [x[-1] for x in arguments.values()]
     if chance(dice, 0.3):

@@ -138,9 +138,15 @@ class _Bounds:
         sink = np.where(np.isfinite(sink), sink, 0)
 
         # The row's largest errors, and whether anything in it is beyond the accumulation type.
-        beyond = (
-            (dots * largest_step > self.room) | (scores > self.room) | (scores + added > self.room)
-        )
+        # Keys of int8 are multiplied as steps, the largest of each row 127, before their scale.
+        steps = dots
+        if largest_step > 1:
+            highest = k.max(axis=-1, keepdims=True, initial=0)
+            in_steps = largest_step * k / np.where(highest > 0, highest, 1)
+            steps = np.maximum(
+                dots, reference.attention_weights(q, in_steps, scale=1.0, stage="scores")
+            )
+        beyond = (steps > self.room) | (scores > self.room) | (scores + added > self.room)
         self.beyond = np.broadcast_to(beyond, self.visible.shape) | (scale > largest)
         self.overflows = (self.beyond & self.visible).any(axis=-1)
         seen = np.where(self.visible, self.of_scores, 0).max(axis=-1, initial=0)

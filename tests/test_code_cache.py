@@ -186,6 +186,19 @@ def test_a_flipped_bit_is_noticed(tmp_path):
             store.load("key")
 
 
+def test_a_file_is_complete_or_not_there(tmp_path):
+    """Who has opened the one before goes on reading it: the new one comes with its name."""
+    store = code_cache._Files(tmp_path, "name")
+    store.save("key", "before")
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    with path.open("rb") as opened:
+        store.save("key", "afterwards")
+        assert opened.read() == content
+    assert store.load("key") == "afterwards"
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_code_of_another_cpu(tree, tmp_path):
     """Of one with fewer instructions, and of one with more: each has its own."""
     smaller = {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": ""}
@@ -239,6 +252,22 @@ def test_read_only_install_without_a_home(tree, tmp_path):
     finally:
         for path in (installed, *(each for each in installed.rglob("*") if each.is_dir())):
             path.chmod(0o700)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="capabilities are Linux's")
+def test_read_only_folder_of_code(tree, tmp_path):
+    """That was filled before: as right as the first time, and nothing is added."""
+    (tmp_path / "code").mkdir()
+    assert_small_call_is_right(tree, tmp_path / "code")
+    (folder,) = (tmp_path / "code").iterdir()
+    before = files(folder)
+    assert before
+    folder.chmod(0o500)
+    try:
+        assert_small_call_is_right(tree, tmp_path / "code", preexec_fn=obey_modes)
+        assert files(folder) == before
+    finally:
+        folder.chmod(0o700)
 
 
 def test_nobody_knows_the_home(monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 
 from .compile import glue, kernel
 from .record import BLOCKS, HIDDEN, PARTIAL, TILE, VISIBLE
-from .simd import address, call_kernel, data, keep, pointer, record_type, take_ticket
+from .simd.pointers import address, call_kernel, data, keep, pointer, record_type, take_ticket
 from .visibility import first_bits
 
 blocks_at = record_type(BLOCKS)

@@ -37,8 +37,9 @@ def source_stamp() -> str:
     # Free-threaded Python of the same version has another ABI.
     python = f"{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {python}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode())
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

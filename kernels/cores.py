@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from .compile import glue
-from .simd import address, data, keep
+from .simd.pointers import address, data, keep
 
 # Integers with a bit for each core, as many as the C library has.
 _WORDS = 1024 // 64

@@ -27,7 +27,9 @@ from numba.np.numpy_support import from_dtype
 from .compile import foreign, glue, kernel
 from .fingerprint import fingerprint, globals_of
 from .record import TILE
-from .simd import lanes, map_lanes, on, pointer, record_type, splat, value_at
+from .simd.pointers import on, pointer, record_type, value_at
+from .simd.registers import lanes, splat
+from .simd.scalars import map_lanes
 
 tile_at = record_type(TILE)
 

@@ -38,7 +38,8 @@ from .host import HOST
 from .items import between, item_of, key_address, lie_together, problem_at, row_at, scale_of
 from .record import ABSENT, BLOCK_KV, CHUNK, FLOAT32, FLOAT64, INT8
 from .rows import careful_rows, key_scaler, row_softmax, rows_of
-from .simd import address, data, itemsize, keep, lanes_of, on, pointer, take_ticket
+from .simd.pointers import address, data, itemsize, keep, on, pointer, take_ticket
+from .simd.tile import lanes_of
 from .staging import staging
 from .tiles import nonfinite_finder
 from .visibility import ASKED, BESIDE, NOTHING, SOMETHING, places_in

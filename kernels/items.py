@@ -16,7 +16,7 @@ from numba import types
 from .compile import glue, inline, routine
 from .modifiers import modifiers
 from .record import ABSENT, BLOCK_KV, FLOAT32, FLOAT64, PROBLEM
-from .simd import address, itemsize, on, pointer, record_type
+from .simd.pointers import address, itemsize, on, pointer, record_type
 from .staging import staging
 from .visibility import (
     BATCH,

@@ -12,7 +12,7 @@ from numba.np.numpy_support import from_dtype
 from .compile import entry, glue
 from .cores import core_in_use, leave, let_others_begin
 from .record import COUNTER, PROBLEM
-from .simd import address, call_kernel, data, record_type
+from .simd.pointers import address, call_kernel, data, record_type
 
 problem_at = record_type(PROBLEM)
 

@@ -12,27 +12,22 @@ import numpy as np
 from numba import types
 
 from .compile import routine
-from .simd import (
-    bytes_on,
+from .simd.arithmetic import fma, magnitude, where_bit, where_less
+from .simd.functions import tanh
+from .simd.pointers import bytes_on, on, prefetch
+from .simd.products import load_transposed
+from .simd.registers import (
     filled,
-    fma,
     hidden,
     lanes,
     load,
-    load_transposed,
     lowest,
-    magnitude,
-    on,
     ones,
-    prefetch,
     rows,
     splat,
     square,
     stack,
     store,
-    tanh,
-    where_bit,
-    where_less,
     zeros,
 )
 

@@ -24,7 +24,9 @@ from numba import types
 from .compile import glue, routine
 from .items import between, key_address, lie_together, row_at
 from .record import BFLOAT
-from .simd import address, itemsize, lanes, load, on, paired, pointer, splat, store, zeros
+from .simd.arithmetic import paired
+from .simd.pointers import address, itemsize, on, pointer
+from .simd.registers import lanes, load, splat, store, zeros
 from .staging import staging
 
 _BYTE = np.uint8(0)

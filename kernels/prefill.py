@@ -33,19 +33,19 @@ from .host import HOST
 from .items import between, item_of, problem_at, row_at
 from .operands import elements, pairs
 from .record import ABSENT, BLOCK_KV, FLOAT32, FLOAT64, STOPPED
-from .simd import (
+from .simd.pointers import (
     address,
     bytes_on,
     data,
     itemsize,
     keep,
-    lanes_of,
     last_ticket,
     on,
     pointer,
     prefetch_to_write,
     take_ticket,
 )
+from .simd.tile import lanes_of
 from .softmax import online_softmax
 from .staging import staging
 from .tiles import RUN_NARROW, RUN_WIDE, careful_tiles, nonfinite_finder, tiles

@@ -29,45 +29,38 @@ from numba import types
 from .compile import glue, routine
 from .host import HOST
 from .record import BFLOAT, FLOAT32, FLOAT64, HALF, INT8
-from .simd import (
+from .simd.arithmetic import fma, maximum, maximum_across, sum_across, where_less
+from .simd.formats import (
     add_dots_bfloat,
     add_dots_float32,
     add_dots_float64,
     add_dots_half,
     add_dots_int8,
-    add_row,
-    bytes_on,
-    exp,
-    filled,
-    fma,
-    hidden,
-    itemsize,
-    lanes,
-    lanes_of,
-    load,
     load_bfloat,
     load_float32,
     load_float64,
     load_half,
     load_int8,
+)
+from .simd.functions import exp
+from .simd.pointers import bytes_on, itemsize, on, prefetch_rows
+from .simd.products import add_row, store_parts, sum_lanes
+from .simd.registers import (
+    filled,
+    hidden,
+    lanes,
+    load,
     lowest,
-    maximum,
-    maximum_across,
-    on,
-    prefetch_rows,
     repeated,
     rows,
     shaped,
     splat,
     stack,
     store,
-    store_parts,
-    sum_across,
-    sum_lanes,
-    where_less,
     width,
     zeros,
 )
+from .simd.tile import lanes_of
 from .tiles import RUN_NARROW
 
 # How many bytes ahead of their use rows are asked for. The prefetchers of the hardware stop at the

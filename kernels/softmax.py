@@ -26,24 +26,20 @@ import numpy as np
 from numba import types
 
 from .compile import routine
-from .simd import (
-    add_rows,
-    exp,
-    fma,
+from .simd.arithmetic import add_rows, fma, maximum, maximum_rows, where_less
+from .simd.functions import exp
+from .simd.pointers import on
+from .simd.registers import (
     hidden,
     lanes,
     load,
     lowest,
-    maximum,
-    maximum_rows,
-    on,
     ones,
     repeated,
     rows,
     splat,
     stack,
     store,
-    where_less,
     zeros,
 )
 

@@ -14,28 +14,21 @@ from numba import types
 
 from .compile import inline, routine
 from .record import BFLOAT, FLOAT32, FLOAT64, HALF, INT8
-from .simd import (
-    bytes_on,
-    lanes,
-    load,
-    load_transposed,
-    on,
+from .simd.formats import (
     read_bfloat,
     read_bool,
     read_float32,
     read_float64,
     read_half,
     read_int8,
-    splat,
-    square,
-    store,
-    store_apart,
-    transpose,
     write_bfloat,
     write_float32,
     write_float64,
     write_half,
 )
+from .simd.pointers import bytes_on, on
+from .simd.products import load_transposed, transpose
+from .simd.registers import lanes, load, splat, square, store, store_apart
 
 _bytes = types.CPointer(types.uint8)
 _int = types.intp

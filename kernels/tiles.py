@@ -27,30 +27,21 @@ import numpy as np
 from numba import literal_unroll, types
 
 from .compile import glue, inline, routine
-from .simd import (
-    accumulate,
+from .simd.arithmetic import add_rows, any_nan, dot_pairs, fma, seen_pairs, where_less
+from .simd.pointers import bytes_on, itemsize, on
+from .simd.products import accumulate, add_outer, add_outer_pairs
+from .simd.registers import (
     accumulators,
-    add_outer,
-    add_outer_pairs,
-    add_rows,
-    any_nan,
-    bytes_on,
-    dot_pairs,
     filled,
-    fma,
-    itemsize,
     lanes,
     load,
     load_apart,
     lowest,
-    on,
     ones,
     rows,
-    seen_pairs,
     splat,
     stack,
     store,
-    where_less,
     width,
     zeros,
 )

@@ -15,7 +15,8 @@ from numba import types
 
 from .compile import glue, routine
 from .record import ABSENT, HIDDEN, PARTIAL, PROBLEM, TILE, VISIBLE
-from .simd import address, bits_of, call_kernel, on, pointer, prefetch, record_type
+from .simd.arithmetic import bits_of
+from .simd.pointers import address, call_kernel, on, pointer, prefetch, record_type
 
 # What a tile of queries sees of a block of keys.
 NOTHING, SOMETHING, EVERYTHING = range(3)

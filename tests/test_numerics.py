@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from checks import FLOAT_DTYPES, assert_accurate, assert_same_bits, make_inputs, to_float64
-from fastattn.kernels.simd import exp, tanh
+from fastattn.kernels.simd.functions import exp, tanh
 from numerics.grid import cases, extremes, measure
 from numerics.units import fused, smallest, ulps
 from numpy.testing import assert_array_equal

@@ -32,7 +32,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from fastattn.kernels.simd import emit_dot_pairs
+from fastattn.kernels.simd.tile import emit_dot_pairs
 
 from .machine import THREADS, cpus
 

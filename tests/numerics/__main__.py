@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from checks import FLOAT_DTYPES
 from fastattn.kernels.host import HOST
-from fastattn.kernels.simd import exp, tanh
+from fastattn.kernels.simd.functions import exp, tanh
 
 from numerics.grid import cases, extremes, measure
 from numerics.units import smallest, ulps

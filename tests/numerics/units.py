@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 from fastattn.kernels.exponential import lowest_power
-from fastattn.kernels.simd import data, exp, load, on, splat, store, tanh, width
+from fastattn.kernels.simd.functions import exp, tanh
+from fastattn.kernels.simd.pointers import data, on
+from fastattn.kernels.simd.registers import load, splat, store, width
 from numba import njit
 from numpy.typing import NDArray
 

@@ -19,7 +19,8 @@ import pytest
 from checks import FLOAT_DTYPES
 
 import fastattn
-from fastattn import cache, masks, paging, plan, problem, run, storage
+from fastattn import cache, masks, paging, plan, problem, run, shapes, storage
+from fastattn import keywords as keyword_checks
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -74,7 +75,7 @@ class GuardedNumPy:
 
 def guard_what_is_made(guard):
     """From now on guard what Python makes for a kernel."""
-    for module in (cache, masks, paging, plan, problem, run, storage):
+    for module in (cache, keyword_checks, masks, paging, plan, problem, run, shapes, storage):
         module.np = GuardedNumPy(guard)
 
 
@@ -177,6 +178,8 @@ def use_caches(guard, rng, dtype, head_dims, seqlen_q, seqlen_kv):
     pages.append(ids, key[0].swapaxes(0, 1), value[0].swapaxes(0, 1), ends)
     packed = query[0].swapaxes(0, 1)
     results += [pages.attend(packed, ids, [0, seqlen_q], return_lse=True)]
+    for _ in range(2):  # checked, and made again
+        results += [pages.attend(packed[:1], ids, causal=True, return_lse=True)]
     for output, _ in results:
         assert np.isfinite(output.astype(float)).all()
 

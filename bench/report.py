@@ -474,7 +474,7 @@ def write(run: Run, past: Sequence[Run], folder: Path) -> Path:
         images = {}
         for theme in (LIGHT, DARK):
             memory = BytesIO()
-            picture.draw(theme).savefig(memory, format="png", dpi=200)
+            picture.draw(theme).savefig(memory, format="png", dpi=200, bbox_inches="tight")
             images[theme.name] = memory.getvalue()
             suffix = "" if theme is LIGHT else f"-{theme.name}"
             (folder / f"{picture.name}{suffix}.png").write_bytes(images[theme.name])

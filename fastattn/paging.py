@@ -401,7 +401,8 @@ class PagedKVCache:
             return None
         kind = type(keywords.get("causal"))  # 1 is no bool, though it equals one
         threads = usable_threads()
-        name = (query.shape, query.dtype, threads, kind, *keywords.values(), *keywords)
+        shape = query.shape, query.strides, query.dtype
+        name = (*shape, threads, kind, *keywords.values(), *keywords)
         try:
             found = placed.calls.get(name)
         except TypeError:  # something that has no hash

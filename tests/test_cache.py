@@ -808,6 +808,20 @@ class TestPagedKVCache:
         append(add(), 71)
         assert_attends()
 
+    def test_calls_of_one_shape_in_other_strides(self, rng):
+        """Queries that are part of larger arrays, as projected together with keys and values."""
+        cache = PagedKVCache(8, 64, KV_HEADS, HEAD_DIM)
+        ids = [cache.add() for _ in range(3)]
+        cache.append(ids, *tokens(rng, 60, KV_HEADS, head_dim_v=HEAD_DIM), [0, 10, 30, 60])
+        query = rng.standard_normal((3, HEADS, HEAD_DIM), dtype=np.float32)
+        expected = cache.attend(query, ids)
+        for axis in range(3):
+            wide = np.repeat(query, 2, axis)
+            every_second = wide[tuple(slice(None, None, 1 + (n == axis)) for n in range(3))]
+            backwards = np.flip(np.flip(query, axis).copy(), axis)
+            for each in (every_second, backwards):
+                assert_same_bits(cache.attend(each, ids), expected)
+
     @pytest.mark.parametrize("page_size", [7, 64, 1024])
     def test_token_by_token(self, page_size, rng):
         """What is known of a call holds until the keys begin a chunk, a page or a block."""

@@ -114,7 +114,7 @@ class _Sequences:
         faults = {
             "key": [None, 5, "x", np.ones((9, 9)), np.ones((1, 1, 1, 977)), [[1.0], [1.0, 2.0]]],
             "value": [None, 5, "x", np.ones((9, 9)), np.ones((1, 1, 977, 1))],
-            "lengths": [-1, 977, 1.5, "x", [0] * 7, 2**70],
+            "lengths": [-1, 10**6, 1.5, "x", [0] * 7, 2**70],
         }
         arguments, must = (
             spoil(dice, arguments, faults) if chance(dice, 0.3) else (arguments, RIGHT)

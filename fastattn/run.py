@@ -123,7 +123,8 @@ def run(problem: Problem) -> None:
     if planned.is_decode and frame.seqlen_kv > CHUNK:
         heads = frame.batch * frame.num_kv_heads
         rows = frame.num_heads // frame.num_kv_heads * frame.seqlen_q
-        record, _room = _with_states(problem, record, heads * chunks(frame.seqlen_kv), heads, rows)
+        record = record.copy()
+        _room = _give_room(problem, record, heads * chunks(frame.seqlen_kv), heads, rows)
     _start(problem, record, planned, _code(problem, planned.is_decode))
 
 
@@ -186,12 +187,10 @@ def run_parts(problem: Problem, parts: list[Part]) -> None:
     """Run a call by the parts that are known of it."""
     frame = problem.frame
     for part in parts:
-        record, heads = problem.record, frame.batch * frame.num_kv_heads
+        record = problem.record.copy()
         if part.states:
-            states = part.states * frame.num_kv_heads
-            record, _room = _with_states(problem, record, states, heads, part.rows)
-        else:
-            record = record.copy()
+            heads, states = frame.batch * frame.num_kv_heads, part.states * frame.num_kv_heads
+            _room = _give_room(problem, record, states, heads, part.rows)
         for place, number in part.fields:
             record[place] = number
         _start(problem, record, part.plan, part.code)
@@ -209,14 +208,15 @@ def _tile_queries(accumulation: np.dtype[Any]) -> int:
     return queries
 
 
-def _with_states(
+def _give_room(
     problem: Problem, record: Array, states: int, heads: int, rows: int
-) -> tuple[Array, tuple[Array, ...]]:
-    """Return a record with room for what is known after each chunk of keys, and that room."""
+) -> tuple[Array, Array]:
+    """Put into a record where there is room for what is known after each chunk of keys.
+
+    The room lasts as long as what is returned.
+    """
     padded = -(-problem.frame.head_dim_v // 16) * 16  # whole registers of any instruction set
     room = np.empty(states * rows * (padded + 2), problem.format.accumulation)
     finished = np.zeros(heads, np.int64)
-    record = record.copy()
-    record[_STATES] = address(room)
-    record[_FINISHED] = address(finished)
-    return record, (room, finished)
+    record[_STATES], record[_FINISHED] = address(room), address(finished)
+    return room, finished

@@ -226,7 +226,7 @@ def attention(
     """
     given = (query, key, value, mask, bias, alibi_slopes, sinks)
     for name, x in zip(_TENSORS, given, strict=True):
-        if not isinstance(x, torch.Tensor) and x is not None:
+        if x is not None and not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a tensor: got {type(x).__name__}")
     obstacle = _obstacle(query, key, value)
     if obstacle is not None:
